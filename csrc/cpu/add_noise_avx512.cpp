@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Needs AVX-512 F, BW, DQ, VL and F16C.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace zo::cpu {
+namespace {
+
+struct V {
+  static constexpr int kWidth = 16;
+  using F = __m512;
+  using U = __m512i;
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static U set(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static U lane_blocks() {
+    return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static U add(U a, U b) { return _mm512_add_epi32(a, b); }
+  static U sub(U a, U b) { return _mm512_sub_epi32(a, b); }
+  static U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
+  static U bit_or(U a, U b) { return _mm512_or_si512(a, b); }
+  static U bit_xor(U a, U b) { return _mm512_xor_si512(a, b); }
+  template <int N> static U shift_left(U a) { return _mm512_slli_epi32(a, N); }
+  template <int N> static U shift_right(U a) { return _mm512_srli_epi32(a, N); }
+  template <int N> static U shift_right_signed(U a) { return _mm512_srai_epi32(a, N); }
+  static void mulhilo(U a, uint32_t m, U& hi, U& lo) {
+    const U even = _mm512_mul_epu32(a, set(m));                        // lanes 0, 2, ...
+    const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set(m));  // lanes 1, 3, ...
+    hi = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+    lo = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  }
+  static F from_u32(U a) { return _mm512_cvtepu32_ps(a); }
+  static F from_i32(U a) { return _mm512_cvtepi32_ps(a); }
+  static U bits(F a) { return _mm512_castps_si512(a); }
+  static F floats(U a) { return _mm512_castsi512_ps(a); }
+  static F select_sign(U sign, F if_set, F otherwise) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(sign), otherwise, if_set);
+  }
+  static F sign_by_bits(uint32_t bits16, F x) {
+    const U sign = _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits16), INT32_MIN);
+    return floats(bit_xor(bits(x), sign));
+  }
+  static void transpose(F (&n)[4]) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(n[0], n[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(n[2], n[3]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(n[0], n[1]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(n[2], n[3]));
+    n[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    n[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    n[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+    n[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F load_bf16(const uint16_t* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return floats(shift_left<16>(_mm512_cvtepu16_epi32(h)));
+  }
+  static void store_bf16(uint16_t* p, F x) {
+    const U u = bits(x), odd = bit_and(shift_right<16>(u), set(1u));
+    const U rounded = add(add(u, set(0x7FFFu)), odd);
+    const U quiet = bit_or(u, set(0x400000u));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const U out = shift_right<16>(_mm512_mask_blend_epi32(nan, rounded, quiet));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+  }
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_f16(uint16_t* p, F x) {
+    const __m256i h = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+  }
+};
+
+}  // namespace
+}  // namespace zo::cpu
+
+#include "cpu/add_noise.inl"
+
+namespace zo::cpu {
+void add_noise_avx512(void* p, Dtype dtype, int64_t first, int64_t n, const NoiseTerms& terms) {
+  dispatch_dtype(p, dtype, first, n, terms);
+}
+}  // namespace zo::cpu

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/add_noise.h"
+
+namespace zo::cpu {
+namespace {
+
+#if defined(ZO_X86)
+bool machine_has(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return true;
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return machine_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+  }
+  return false;
+}
+#else
+bool machine_has(Isa isa) { return isa == Isa::scalar; }
+#endif
+
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512};
+constexpr int kUnset = -1;
+std::atomic<int> chosen{kUnset};
+
+Isa parse(const std::string& name) {
+  if (name.empty() || name == "auto") return available_isas().back();
+  std::string runnable;
+  for (Isa isa : available_isas()) runnable += std::string(" ") + name_of(isa);
+  for (Isa isa : kAll) {
+    if (name != name_of(isa)) continue;
+    if (machine_has(isa)) return isa;
+    throw std::invalid_argument("ZO_CPU_ISA: isa must be one that this machine and build can run (auto" +
+                                runnable + "), got " + name + ", which they cannot; choose another");
+  }
+  throw std::invalid_argument("ZO_CPU_ISA: isa must be one of auto" + runnable + ", got '" + name +
+                              "'; choose one of them");
+}
+
+}  // namespace
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> out;
+  for (Isa isa : kAll) {
+    if (machine_has(isa)) out.push_back(isa);
+  }
+  return out;
+}
+
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return "scalar";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+  }
+  return "unknown";
+}
+
+Isa isa() {
+  int now = chosen.load(std::memory_order_relaxed);
+  if (now == kUnset) {
+    const char* wanted = std::getenv("ZO_CPU_ISA");
+    now = static_cast<int>(parse(wanted ? wanted : "auto"));
+    chosen.store(now, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(now);
+}
+
+void set_isa(const std::string& name) { chosen.store(static_cast<int>(parse(name))); }
+
+void add_noise(void* p, Dtype dtype, int64_t first, int64_t n, const NoiseTerms& terms) {
+  switch (isa()) {
+#if defined(ZO_X86)
+    case Isa::avx512: return add_noise_avx512(p, dtype, first, n, terms);
+    case Isa::avx2: return add_noise_avx2(p, dtype, first, n, terms);
+#endif
+    default: return add_noise_scalar(p, dtype, first, n, terms);
+  }
+}
+
+}  // namespace zo::cpu

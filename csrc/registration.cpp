@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+// The schemas are owned by zo_kernels/ops; here are the CPU kernels behind them, against libtorch's stable
+// ABI, so that one build serves every torch >= 2.10.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(zo_kernels, CPU, m) { m.impl("add_noise_", TORCH_BOX(&zo::cpu::add_noise_)); }

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One adapter per model family: encode, noise, predict, target, sample. So far Stable Diffusion 1.x/2.x."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from persona.errors import UserError
+from zo_kernels.quant import QuantConfig, QuantReport, quantize_
+
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The pipeline of a local folder or hub id.
+
+    Raises:
+        UserError: the folder lacks parts, or nothing can be loaded from it.
+    """
+    folder = Path(model)
+    if folder.exists():
+        missing = [p for p in (*PARTS, "model_index.json") if not (folder / p).exists()]
+        if missing:
+            raise UserError(
+                f"pretrained_model_name_or_path: must be a diffusers model folder with "
+                f"{', '.join(PARTS)}, got {model} without {', '.join(missing)}; copy the whole folder"
+            )
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"pretrained_model_name_or_path: must name a Stable Diffusion model in diffusers' format, "
+            f"got {model} ({reason}); check the folder or the network"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet that predicts eps or v.
+
+    Args:
+        pipe: its modules are used in place and frozen; nothing is copied.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline) -> None:
+        self.pipe = pipe
+        for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+            module.requires_grad_(False).eval()
+        self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.abar = self.schedule.alphas_cumprod  # [T]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe.unet.device
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side that the UNet was trained on."""
+        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+
+    def quantize(self, config: QuantConfig) -> dict[str, QuantReport]:
+        """Hold the weights of UNet, text encoder and VAE as integers."""
+        return {
+            part: quantize_(getattr(self.pipe, part), config)
+            for part in ("unet", "text_encoder", "vae")
+            if getattr(self.pipe, part) is not None
+        }
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled mean and standard deviation of the latents of pixels [B, 3, H, W]: two [B, C, h, w]."""
+        vae = self.pipe.vae
+        with torch.inference_mode():
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            scale = vae.config.scaling_factor
+            mean, std = posterior.mean.float() * scale, posterior.std.float() * scale
+        return mean.clone(), std.clone()
+
+    def release_vae(self) -> None:
+        """Drop the VAE: training needs the cached latents only."""
+        self.pipe.vae = None
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids, int64 [B, T], padded as the pipeline pads."""
+        tokenizer = self.pipe.tokenizer
+        return tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Hidden states [B, T, d] of token ids [B, T]."""
+        return self.pipe.text_encoder(ids)[0]
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.schedule.add_noise(x0, noise, t)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the UNet should predict: the noise, or the velocity."""
+        kind = self.schedule.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return self.schedule.get_velocity(x0, noise, t)
+        raise UserError(
+            f"prediction_type: must be epsilon or v_prediction, got {kind!r} in the model's scheduler "
+            "config; such a model cannot be personalized yet"
+        )
+
+    def predict(self, x_t: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+        """fp32 prediction [B, C, h, w]."""
+        unet = self.pipe.unet
+        return unet(x_t.to(unet.dtype), t, hidden.to(unet.dtype)).sample.float()
+
+    def sample(
+        self,
+        prompts: list[str],
+        *,
+        seed: int,
+        steps: int,
+        guidance: float,
+        batch: int = 16,
+    ) -> list[Image.Image]:
+        """One picture a prompt; picture i starts from the noise of ``seed + i``, whatever the batch."""
+        out: list[Image.Image] = []
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            generators = [
+                torch.Generator().manual_seed(seed + start + i) for i in range(len(part))
+            ]
+            out += self.pipe(
+                part, num_inference_steps=steps, guidance_scale=guidance, generator=generators
+            ).images
+        return out

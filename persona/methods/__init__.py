@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Personalization methods, one file each."""

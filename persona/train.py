@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole textual-inversion run: model in, files out."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import zo_kernels
+from persona import checkpoint
+from persona.config import TextualInversionConfig
+from persona.data import load_folder
+from persona.errors import UserError
+from persona.export import save_embedding
+from persona.families import StableDiffusion, load_pipeline
+from persona.files import make_folder, write_image, write_json
+from persona.memory import human, peak_bytes
+from persona.methods.textual_inversion import TextualInversion
+from persona.report import MetricsLog, grid
+from persona.tokens import expand
+from zo_kernels.quant import QuantConfig
+
+CHECKPOINT = "checkpoint.safetensors"
+SMOOTHING = 0.98  # of the loss shown in the progress bar
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. ``before`` and ``after`` are pictures of the same prompts and seeds."""
+
+    output: Path
+    embedding: Path
+    steps: int
+    forwards: int
+    seconds: float
+    peak_bytes: int
+    before: list[Image.Image]
+    after: list[Image.Image]
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the checkpoint is written; ``step`` steps are finished."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(f"stopped after step {step}; go on with --resume (state: {path})")
+
+
+def textual_inversion(
+    config: TextualInversionConfig,
+    *,
+    prompts: list[str] | None = None,
+    progress: bool = True,
+) -> Result:
+    """Learn ``config.placeholder_token`` from a folder of pictures, by forward passes only.
+
+    Writes into ``config.output_dir``: ``learned_embeds.safetensors`` and its twin for other programs,
+    ``grid.png`` (pictures, before, after), ``metrics.jsonl``, ``config.json`` and a checkpoint.
+
+    Args:
+        config: options; see the class.
+        prompts: of the pictures before and after, ``{}`` standing for the token; default:
+            ``config.validation_prompt``, ``config.num_validation_images`` times.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: an option, a picture, the model or the output folder is not usable.
+        Interrupted: SIGINT came; the run can be resumed.
+    """
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "initializer_token"):
+        if not getattr(config, name):
+            raise UserError(f"{name}: must be given, got nothing; see persona ti --help")
+    make_folder(config.output)
+    saved = config.output / CHECKPOINT
+    state = checkpoint.load(saved, config.recipe()) if config.resume_from_checkpoint else None
+
+    family = StableDiffusion(load_pipeline(config.pretrained_model_name_or_path))
+    _check_window(config, family)
+    if config.base_precision == "int8":
+        family.quantize(QuantConfig())
+    examples = load_folder(
+        Path(config.train_data_dir),
+        resolution=config.resolution or family.resolution,
+        learnable_property=config.learnable_property,
+        center_crop=config.center_crop,
+    )
+    method = TextualInversion(family, config, examples)
+    shown = _validation_prompts(config, prompts)
+    before = _pictures(family, config, shown)
+    if state:
+        method.load_state_dict(state[0])
+
+    vae, family.pipe.vae = family.pipe.vae, None  # latents are cached
+    if not shown:
+        del vae
+    write_json(config.output / "config.json", dataclasses.asdict(config) | _versions())
+    started = time.monotonic()
+    _train(method, config, saved, progress)
+    seconds = time.monotonic() - started
+
+    embedding, _ = save_embedding(
+        config.output, config.placeholder_token, method.theta, _metadata(config, method)
+    )
+    after = []
+    if shown:
+        family.pipe.vae = vae
+        after = _pictures(family, config, shown)
+        rows = [("pictures", [e.image for e in examples]), ("before", before), ("after", after)]
+        write_image(config.output / "grid.png", grid(rows))
+    return Result(
+        output=config.output,
+        embedding=embedding,
+        steps=method.steps,
+        forwards=method.steps * method.estimator.evaluations,
+        seconds=seconds,
+        peak_bytes=peak_bytes(family.device),
+        before=before,
+        after=after,
+    )
+
+
+def _train(
+    method: TextualInversion, config: TextualInversionConfig, saved: Path, progress: bool
+) -> None:
+    metrics = MetricsLog(config.output / "metrics.jsonl", keep_below=method.steps + 1)
+
+    def save() -> None:
+        metrics.flush()
+        checkpoint.save(saved, method.state_dict(), method.steps, config.recipe())
+
+    bar = tqdm(
+        total=config.max_train_steps, initial=method.steps, desc="Steps", disable=not progress
+    )
+    smooth = None
+    try:
+        with bar, _deferred_interrupt() as interrupted:
+            for step in method.run():
+                smooth = (
+                    step.loss
+                    if smooth is None
+                    else SMOOTHING * smooth + (1 - SMOOTHING) * step.loss
+                )
+                memory = peak_bytes(method.family.device)
+                metrics.write(
+                    step=step.step,
+                    loss=step.loss,
+                    lr=config.learning_rate,
+                    forwards=step.forwards,
+                    peak_bytes=memory,
+                )
+                bar.set_postfix(
+                    loss=f"{smooth:.4f}", lr=config.learning_rate, mem=human(memory), refresh=False
+                )
+                bar.update()
+                if step.step % config.checkpointing_steps == 0:
+                    save()
+                if interrupted():
+                    save()
+                    raise Interrupted(saved, step.step)
+        save()
+    finally:
+        metrics.close()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let a SIGINT wait for the end of a step, when the state is whole; a second one acts at once."""
+    seen = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread: Ctrl-C is somebody else's business
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _check_window(config: TextualInversionConfig, family: StableDiffusion) -> None:
+    limit = len(family.abar)
+    if config.max_timestep > limit:
+        raise UserError(
+            f"max_timestep: must be at most the model's {limit} timesteps, got "
+            f"{config.max_timestep}; lower it"
+        )
+
+
+def _validation_prompts(config: TextualInversionConfig, prompts: list[str] | None) -> list[str]:
+    if prompts is None:
+        prompts = [config.validation_prompt or "a photo of a {}"] * config.num_validation_images
+    word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
+    return [p.replace("{}", word) for p in prompts]
+
+
+def _pictures(
+    family: StableDiffusion, config: TextualInversionConfig, prompts: list[str]
+) -> list[Image.Image]:
+    if not prompts:
+        return []
+    return family.sample(
+        prompts,
+        seed=config.seed,
+        steps=config.num_inference_steps,
+        guidance=config.guidance_scale,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"zo_kernels": zo_kernels.__version__, "torch": torch.__version__}
+
+
+def _metadata(config: TextualInversionConfig, method: TextualInversion) -> dict[str, str]:
+    return {
+        "ss_sd_model_name": Path(config.pretrained_model_name_or_path).name,
+        "ss_seed": str(config.seed),
+        "ss_steps": str(method.steps),
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_num_train_images": str(len(method.ids)),
+        "persona.method": "zoodip",
+        "persona.base_precision": config.base_precision,
+        "persona.forwards": str(method.steps * method.estimator.evaluations),
+        "persona.version": zo_kernels.__version__,
+    }

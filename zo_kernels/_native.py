@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled parts of this installation, if it has them."""
+
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from zo_kernels import _env
+
+NOT_BUILT = "not built at install time (no compiler or CMake, or ZO_KERNELS_BUILD=0)"
+_TORCH_LIBRARY = Path(__file__).parent / "_torch.so"
+
+
+@cache
+def binding() -> ModuleType | None:
+    """The torch-free module `zo_kernels._C`, or None where it was not built.
+
+    Raises:
+        ValueError: ZO_CPU_ISA names an instruction set that is unknown or that the CPU lacks.
+    """
+    try:
+        module = importlib.import_module("zo_kernels._C")
+    except ModuleNotFoundError:
+        return None
+    if (isa := _env.cpu_isa()) != "auto":
+        module.set_isa(isa)
+    return module
+
+
+@cache
+def load_ops() -> str | None:
+    """Load the C++ kernels into torch's dispatcher; None, or the reason why there are none."""
+    import torch
+
+    if binding() is None or not _TORCH_LIBRARY.exists():
+        return NOT_BUILT
+    try:
+        torch.ops.load_library(str(_TORCH_LIBRARY))
+    except OSError as error:
+        return f"{_TORCH_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    return None

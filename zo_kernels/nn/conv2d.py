@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`QuantConv2d`: `torch.nn.Conv2d` with an integer weight."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from zo_kernels.nn._base import QuantModule
+from zo_kernels.ops import qconv2d
+
+Pair = tuple[int, int]
+
+
+class QuantConv2d(QuantModule):
+    """y = conv2d(x, qweight) * scale + bias, with qweight int8 [N, C / groups, kh, kw] and scale
+    fp32 [N]. Padding is with zeros.
+
+    Stands where an `nn.Conv2d` stood. `weight` gives shape, dtype and device but no values. The
+    codes are stored channels_last, so outputs are channels_last too;
+    `.to(memory_format=torch.contiguous_format)` changes that.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: N of the output.
+        kernel_size: int or (kh, kw).
+        stride, padding, dilation: int or a pair (vertical, horizontal), in pixels.
+        groups: number of independent groups of channels.
+        bias: whether there is a bias [N].
+        device: where the tensors are made.
+        dtype: of the bias, and what `weight.dtype` answers; default `torch.get_default_dtype()`.
+
+    Raises:
+        ValueError: groups does not divide in_channels.
+
+    Shapes: input floating [B, C, H, W], output [B, N, H', W'] in the dtype of the input.
+    """
+
+    layout = torch.channels_last
+    padding_mode = "zeros"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if groups < 1 or in_channels % groups:
+            raise ValueError(
+                f"QuantConv2d: groups must divide in_channels ({in_channels}), got {groups}; "
+                "copy both from the float layer"
+            )
+        kernel = _pair(kernel_size)
+        super().__init__((out_channels, in_channels // groups, *kernel), bias, device, dtype)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = kernel
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+
+    @classmethod
+    def like(
+        cls,
+        source: nn.Conv2d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        reason = cls.unsupported(source)
+        if reason is not None:
+            raise ValueError(
+                f"{cls.__name__}.like: source must be a convolution that qconv2d computes, "
+                f"got one whose {reason}; leave this layer in float"
+            )
+        return cls(
+            source.in_channels,
+            source.out_channels,
+            source.kernel_size,
+            source.stride,
+            _int_padding(source),
+            source.dilation,
+            source.groups,
+            source.bias is not None,
+            device or source.weight.device,
+            dtype or source.weight.dtype,
+        )
+
+    @staticmethod
+    def unsupported(conv: nn.Conv2d) -> str | None:
+        """Why `conv` cannot be a `QuantConv2d`, or `None`."""
+        if conv.padding_mode != "zeros":
+            return f"padding_mode is {conv.padding_mode!r}"
+        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if conv.padding == "same" and any(span % 2 for span in spans):
+            return "padding 'same' is not symmetric for its kernel size"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return qconv2d(
+            x,
+            self.qweight,
+            self.scale,
+            bias=self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}, spec={self.spec}"
+        )
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _int_padding(conv: nn.Conv2d) -> Pair:
+    """The padding of `conv` in pixels, where "same" or "valid" may stand."""
+    if not isinstance(conv.padding, str):
+        return _pair(conv.padding)
+    if conv.padding == "valid":
+        return (0, 0)
+    (kh, kw), (dh, dw) = conv.kernel_size, conv.dilation
+    return (dh * (kh - 1) // 2, dw * (kw - 1) // 2)

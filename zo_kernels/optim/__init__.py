@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizers that need forward passes only, as `torch.optim.Optimizer`s: `step(closure)`."""
+
+from zo_kernels.optim.zoadam import ZOAdam, adam_update_
+from zo_kernels.optim.zosgd import ZOSGD, sgd_update_
+
+__all__ = ["ZOSGD", "ZOAdam", "adam_update_", "sgd_update_"]
