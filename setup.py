@@ -30,7 +30,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
         from torch import __version__
-        from torch.utils.cpp_extension import include_paths
+        from torch.utils.cpp_extension import include_paths, library_paths
 
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         work = Path(self.build_temp).resolve()
@@ -41,6 +41,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DZO_TORCH_INCLUDE={';'.join(include_paths())}",
+            f"-DZO_TORCH_LIB={';'.join(library_paths())}",
             f"-DZO_TORCH_VERSION={__version__}",
         ]  # fmt: skip
         jobs = str(os.cpu_count() or 1)

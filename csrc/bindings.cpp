@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+
 #include "cpu/add_noise.h"
 #include "cpu/isa.h"
 
@@ -31,8 +34,8 @@ void noise_into(py::array_t<float, py::array::c_style>& out, const py::int_& see
                           std::to_string(zo::cpu::kChunkAlignment) + ", got " + std::to_string(offset) +
                           "; start earlier and drop the first values");
   }
-  if (out.size() > (zo::elements_per_block(which) << 32) - offset) {
-    throw py::value_error("noise_into: offset + size must be within 2^32 blocks, got " +
+  if (out.size() > zo::max_elements(which) - offset) {
+    throw py::value_error("noise_into: offset + size must be within the stream, got " +
                           std::to_string(offset) + " + " + std::to_string(out.size()) +
                           "; use another stream");
   }
@@ -63,7 +66,7 @@ PYBIND11_MODULE(_C, m) {
     for (zo::cpu::Isa isa : zo::cpu::available_isas()) names.push_back(zo::cpu::name_of(isa));
     return names;
   });
-  m.def("set_cpu_isa", &zo::cpu::set_isa, py::arg("name"),
+  m.def("set_isa", &zo::cpu::set_isa, py::arg("name"),
         "Use this instruction set from now on; ValueError with the reason if it cannot run.");
   m.def(
       "philox",

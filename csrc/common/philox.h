@@ -8,8 +8,10 @@ namespace zo {
 
 enum class Kind { normal, rademacher };
 
-// Elements of one Philox block, whose index is one 32-bit word of the counter.
-constexpr int64_t elements_per_block(Kind kind) { return kind == Kind::normal ? 4 : 128; }
+// Elements that a whole number of Philox blocks fills: 16 blocks side by side, or one.
+constexpr int64_t group_of(Kind kind) { return kind == Kind::normal ? 64 : 128; }
+// A stream ends where the 32-bit block counter does.
+constexpr int64_t max_elements(Kind kind) { return int64_t{1} << (kind == Kind::normal ? 34 : 39); }
 
 struct Philox {
   static constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
@@ -18,15 +20,17 @@ struct Philox {
 };
 
 struct BoxMuller {
-  // log(1 + t) = t - t^2/2 + t^3 Q(t)
-  static constexpr float kLog[8] = {0.333333317f, -0.250008211f, 0.200012267f,  -0.166233565f,
-                                    0.142017625f, -0.131601951f, 0.127615503f, -0.0763442984f};
-  static constexpr float kLn2 = 0.693147181f;
-  // sin(x) = x + x^3 S(x^2), cos(x) = 1 - x^2/2 + x^4 C(x^2)
-  static constexpr float kSin[3] = {-0.166666647f, 0.00833274901f, -0.000195880101f};
-  static constexpr float kCos[3] = {0.0416666646f, -0.00138883016f, 2.45477756e-05f};
-  static constexpr float kAngle = 1.46291807926715968e-09f;  // 2 pi / 2^32
-  static constexpr int32_t kSqrtHalfBits = 0x3F3504F3;
+  // -2 log(1 + t) / t
+  static constexpr float kLog[8] = {-1.9999998807907104f,  1.0000072717666626f,  -0.6667011976242065f,
+                                    0.4993981719017029f,   -0.39800330996513367f, 0.34501656889915466f,
+                                    -0.32445159554481506f, 0.20213796198368073f};
+  static constexpr float kMinus2Ln2 = -1.3862943649291992f;
+  // sin(pi/4 f) / f and cos(pi/4 f) in powers of f^2
+  static constexpr float kSin[4] = {0.7853981852531433f, -0.08074543625116348f, 0.00249000103212893f,
+                                    -3.59504520019982e-05f};
+  static constexpr float kCos[4] = {1.0f, -0.3084242641925812f, 0.015849914401769638f,
+                                    -0.0003188805130776018f};
+  static constexpr uint32_t kSqrtHalfBits = 0x3F3504F3, kExponent32 = 32u << 23;
 };
 
 struct Words {

@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Body of add_noise for one instruction set. Include it behind a struct `V` of W = 1, 8 or 16 lanes:
+// Body of add_noise for one instruction set. Include it behind a struct `V` of W = 1, 8 or 16 lanes, with
+// vectors V::F of W floats and V::U of W words; lane_numbers() is 0, 1, ..., W - 1.
 //
-//   V::F, V::U            vectors of W floats / 32-bit words
-//   lane_blocks()         word l = (l % 4) * (W / 4) + l / 4 (0 for W = 1): see store order below
-//   mulhilo, transpose    as used here; the rest is one instruction each
-//
-// A group is W Philox blocks side by side, one a lane. Its 4 W normals come as four vectors n0..n3, n_j[l]
-// being element j of block l; transposing 4x4 within 128-bit lanes gives vectors of whole blocks, and
-// the block order that lane_blocks() picks makes vector r hold elements [r W, (r + 1) W) of the group.
+// 64 normals come from 16 Philox blocks: output j of block l is element 16 j + l. W blocks lie side by side
+// in the lanes, so each output is a vector of consecutive elements and nothing is interleaved.
 //
 // Every float operation is a separate correctly rounded instruction (-ffp-contract=off), in the order of
 // zo_kernels/rng.py.
@@ -54,48 +50,39 @@ inline F horner(F x, const float (&c)[N]) {
   return y;
 }
 
-// sqrt(-2 log((word | 1) / 2^32))
+// sqrt(-2 log(u)), u = (word | 1) / 2^32
 inline F radius(U word) {
   const U bits = V::bits(V::from_u32(V::bit_or(word, V::set(1u))));
-  const U exponent = V::shift_right_signed<23>(V::sub(bits, V::set(uint32_t{BoxMuller::kSqrtHalfBits})));
-  const F t = V::add(V::floats(V::sub(bits, V::template shift_left<23>(exponent))), V::set(-1.0f));
-  const F square = V::mul(t, t);
-  const F tail = V::mul(V::mul(square, t), horner(t, BoxMuller::kLog));
-  const F log_m = V::add(t, V::add(V::mul(square, V::set(-0.5f)), tail));
-  const F whole = V::from_i32(V::sub(exponent, V::set(32u)));
-  const F log_u = V::add(log_m, V::mul(whole, V::set(BoxMuller::kLn2)));
-  return V::sqrt(V::mul(log_u, V::set(-2.0f)));
+  const U offset = V::sub(bits, V::set(BoxMuller::kSqrtHalfBits + BoxMuller::kExponent32));
+  const F exponent = V::from_i32(V::template shift_right_signed<23>(offset));
+  const U mantissa = V::add(V::bit_and(offset, V::set(0x7FFFFFu)), V::set(uint32_t{BoxMuller::kSqrtHalfBits}));
+  const F t = V::add(V::floats(mantissa), V::set(-1.0f));
+  return V::sqrt(V::add(V::mul(exponent, V::set(float{BoxMuller::kMinus2Ln2})),
+                        V::mul(t, horner(t, BoxMuller::kLog))));
 }
 
-// sin and cos of 2 pi word / 2^32
-inline void sin_cos(U word, F& sin, F& cos) {
-  const U shifted = V::add(word, V::set(1u << 29));
-  const U quarter = V::template shift_right<30>(shifted);
-  const U rest = V::sub(V::bit_and(shifted, V::set(0x3FFFFFFFu)), V::set(1u << 29));
-  const F x = V::mul(V::from_i32(rest), V::set(BoxMuller::kAngle));
-  const F square = V::mul(x, x);
-  const F s = V::add(x, V::mul(V::mul(x, square), horner(square, BoxMuller::kSin)));
-  const F c = V::add(V::add(V::mul(square, V::set(-0.5f)), V::set(1.0f)),
-                     V::mul(V::mul(square, square), horner(square, BoxMuller::kCos)));
-  const U odd = V::template shift_left<31>(quarter);  // sign bit set in quarters 1 and 3
-  const U sign_sin = V::template shift_left<31>(V::template shift_right<1>(quarter));
-  const U sign_cos = V::bit_xor(sign_sin, odd);  // quarters 1 and 2
-  sin = V::floats(V::bit_xor(V::bits(V::select_sign(odd, c, s)), sign_sin));
-  cos = V::floats(V::bit_xor(V::bits(V::select_sign(odd, s, c)), sign_cos));
+// A point on the unit circle: bits 0..29 an angle in [-pi/4, pi/4), bits 30 and 31 the quarter.
+inline void direction(U word, F& x, F& y) {
+  const F f = V::mul(V::from_i32(V::template shift_left<2>(word)), V::set(0x1p-31f));
+  const F square = V::mul(f, f);
+  const F sin = V::mul(f, horner(square, BoxMuller::kSin));
+  const U sign = V::bit_and(word, V::set(0x80000000u));
+  const F cos = V::floats(V::bit_xor(V::bits(horner(square, BoxMuller::kCos)), sign));
+  const U swap = V::template shift_left<1>(word);  // bit 30 as the sign bit
+  x = V::select_sign(swap, sin, cos);
+  y = V::select_sign(swap, cos, sin);
 }
 
-// acc: 4 W elements of the group that starts at block `first`.
+// acc[j]: elements 16 j .. 16 j + W - 1 of a group, made by blocks first .. first + W - 1.
 inline void add_normal(F (&acc)[4], uint32_t first, uint64_t draw, F scale, const NoiseTerms& t) {
-  const Block4 b = philox(V::add(V::set(first), V::lane_blocks()), t.stream, draw, t.seed);
-  F n[4], sin, cos;
+  const Block4 b = philox(V::add(V::set(first), V::lane_numbers()), t.stream, draw, t.seed);
   for (int pair = 0; pair < 2; ++pair) {
+    F x, y;
     const F r = radius(b.w[2 * pair]);
-    sin_cos(b.w[2 * pair + 1], sin, cos);
-    n[2 * pair] = V::mul(r, cos);
-    n[2 * pair + 1] = V::mul(r, sin);
+    direction(b.w[2 * pair + 1], x, y);
+    acc[2 * pair] = V::add(acc[2 * pair], V::mul(scale, V::mul(r, x)));
+    acc[2 * pair + 1] = V::add(acc[2 * pair + 1], V::mul(scale, V::mul(r, y)));
   }
-  V::transpose(n);
-  for (int r = 0; r < 4; ++r) acc[r] = V::add(acc[r], V::mul(n[r], scale));
 }
 
 struct F32 {
@@ -114,35 +101,22 @@ struct F16 {
   static void store(T* p, F x) { V::store_f16(p, x); }
 };
 
-// One group of 4 W elements at p; `block` is its first Philox block.
+// One group of 64 elements at p; `block` is the first of its 16 blocks.
 template <class D>
 inline void normal_group(typename D::T* p, uint32_t block, const NoiseTerms& t) {
-  F acc[4];
-  for (int r = 0; r < 4; ++r) acc[r] = V::mul(D::load(p + r * W), V::set(t.decay));
-  for (int64_t j = 0; j < t.count; ++j) {
-    add_normal(acc, block, static_cast<uint64_t>(t.draws[j]), V::set(t.scales[j]), t);
-  }
-  for (int r = 0; r < 4; ++r) D::store(p + r * W, acc[r]);
-}
-
-template <class D>
-void add_normals(typename D::T* p, int64_t first, int64_t n, const NoiseTerms& t) {
-  constexpr int64_t kGroup = 4 * W;
-  int64_t i = 0;
-  for (; i + kGroup <= n; i += kGroup) {
-    normal_group<D>(p + i, static_cast<uint32_t>((first + i) / 4), t);
-  }
-  if (i < n) {  // the tail, padded in a buffer
-    typename D::T padded[kGroup] = {};
-    std::memcpy(padded, p + i, (n - i) * sizeof(*p));
-    normal_group<D>(padded, static_cast<uint32_t>((first + i) / 4), t);
-    std::memcpy(p + i, padded, (n - i) * sizeof(*p));
+  for (int lane = 0; lane < 16; lane += W) {
+    F acc[4];
+    for (int j = 0; j < 4; ++j) acc[j] = V::mul(D::load(p + 16 * j + lane), V::set(t.decay));
+    for (int64_t k = 0; k < t.count; ++k) {
+      add_normal(acc, block + lane, static_cast<uint64_t>(t.draws[k]), V::set(t.scales[k]), t);
+    }
+    for (int j = 0; j < 4; ++j) D::store(p + 16 * j + lane, acc[j]);
   }
 }
 
 // One block of 128 elements at p.
 template <class D>
-inline void rademacher_block(typename D::T* p, uint32_t block, const NoiseTerms& t) {
+inline void sign_group(typename D::T* p, uint32_t block, const NoiseTerms& t) {
   constexpr int kVectors = 128 / W, kPerWord = 32 / W;
   F acc[kVectors];
   for (int v = 0; v < kVectors; ++v) acc[v] = V::mul(D::load(p + v * W), V::set(t.decay));
@@ -159,16 +133,15 @@ inline void rademacher_block(typename D::T* p, uint32_t block, const NoiseTerms&
   for (int v = 0; v < kVectors; ++v) D::store(p + v * W, acc[v]);
 }
 
-template <class D>
-void add_signs(typename D::T* p, int64_t first, int64_t n, const NoiseTerms& t) {
+template <class D, int64_t kGroup, int64_t kBlocks, void (*kernel)(typename D::T*, uint32_t, const NoiseTerms&)>
+inline void each_group(typename D::T* p, int64_t first, int64_t n, const NoiseTerms& t) {
+  const auto block = [&](int64_t i) { return static_cast<uint32_t>((first + i) / kGroup * kBlocks); };
   int64_t i = 0;
-  for (; i + 128 <= n; i += 128) {
-    rademacher_block<D>(p + i, static_cast<uint32_t>((first + i) / 128), t);
-  }
-  if (i < n) {
-    typename D::T padded[128] = {};
+  for (; i + kGroup <= n; i += kGroup) kernel(p + i, block(i), t);
+  if (i < n) {  // the tail, padded in a buffer
+    typename D::T padded[kGroup] = {};
     std::memcpy(padded, p + i, (n - i) * sizeof(*p));
-    rademacher_block<D>(padded, static_cast<uint32_t>((first + i) / 128), t);
+    kernel(padded, block(i), t);
     std::memcpy(p + i, padded, (n - i) * sizeof(*p));
   }
 }
@@ -177,9 +150,9 @@ template <class D>
 void run(void* p, int64_t first, int64_t n, const NoiseTerms& terms) {
   auto* typed = static_cast<typename D::T*>(p);
   if (terms.kind == Kind::normal) {
-    add_normals<D>(typed, first, n, terms);
+    each_group<D, group_of(Kind::normal), 16, normal_group<D>>(typed, first, n, terms);
   } else {
-    add_signs<D>(typed, first, n, terms);
+    each_group<D, group_of(Kind::rademacher), 1, sign_group<D>>(typed, first, n, terms);
   }
 }
 

@@ -13,7 +13,7 @@ struct V {
   using U = __m256i;
   static F set(float x) { return _mm256_set1_ps(x); }
   static U set(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-  static U lane_blocks() { return _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7); }
+  static U lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F sqrt(F a) { return _mm256_sqrt_ps(a); }
@@ -45,16 +45,6 @@ struct V {
   static F sign_by_bits(uint32_t bits8, F x) {
     const U lanes = _mm256_sllv_epi32(set(bits8), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
     return floats(bit_xor(bits(x), bit_and(lanes, set(0x80000000u))));
-  }
-  static void transpose(F (&n)[4]) {
-    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(n[0], n[1]));
-    const __m256d b = _mm256_castps_pd(_mm256_unpacklo_ps(n[2], n[3]));
-    const __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(n[0], n[1]));
-    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(n[2], n[3]));
-    n[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-    n[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-    n[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
-    n[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
   }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }

@@ -13,8 +13,8 @@ struct V {
   using U = __m512i;
   static F set(float x) { return _mm512_set1_ps(x); }
   static U set(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  static U lane_blocks() {
-    return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  static U lane_numbers() {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -43,16 +43,6 @@ struct V {
   static F sign_by_bits(uint32_t bits16, F x) {
     const U sign = _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits16), INT32_MIN);
     return floats(bit_xor(bits(x), sign));
-  }
-  static void transpose(F (&n)[4]) {
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(n[0], n[1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(n[2], n[3]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(n[0], n[1]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(n[2], n[3]));
-    n[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-    n[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    n[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-    n[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
   }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }

@@ -12,7 +12,7 @@ struct V {
   using U = uint32_t;
   static F set(float x) { return x; }
   static U set(uint32_t x) { return x; }
-  static U lane_blocks() { return 0; }
+  static U lane_numbers() { return 0; }
   static F add(F a, F b) { return a + b; }
   static F mul(F a, F b) { return a * b; }
   static F sqrt(F a) { return std::sqrt(a); }
@@ -35,7 +35,6 @@ struct V {
   static F floats(U a) { return float_of(a); }
   static F select_sign(U sign, F if_set, F otherwise) { return sign >> 31 ? if_set : otherwise; }
   static F sign_by_bits(uint32_t bits, F x) { return bits & 1 ? -x : x; }
-  static void transpose(F (&)[4]) {}
   static F load(const float* p) { return *p; }
   static void store(float* p, F x) { *p = x; }
   static F load_bf16(const uint16_t* p) { return bf16_to_float(*p); }

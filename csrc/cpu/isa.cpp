@@ -2,7 +2,6 @@
 #include "cpu/isa.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <stdexcept>
 
 #include "cpu/add_noise.h"
@@ -37,10 +36,10 @@ Isa parse(const std::string& name) {
   for (Isa isa : kAll) {
     if (name != name_of(isa)) continue;
     if (machine_has(isa)) return isa;
-    throw std::invalid_argument("ZO_CPU_ISA: isa must be one that this machine and build can run (auto" +
+    throw std::invalid_argument("set_isa: name must be one that this machine and build can run (auto" +
                                 runnable + "), got " + name + ", which they cannot; choose another");
   }
-  throw std::invalid_argument("ZO_CPU_ISA: isa must be one of auto" + runnable + ", got '" + name +
+  throw std::invalid_argument("set_isa: name must be one of auto" + runnable + ", got '" + name +
                               "'; choose one of them");
 }
 
@@ -66,8 +65,7 @@ const char* name_of(Isa isa) {
 Isa isa() {
   int now = chosen.load(std::memory_order_relaxed);
   if (now == kUnset) {
-    const char* wanted = std::getenv("ZO_CPU_ISA");
-    now = static_cast<int>(parse(wanted ? wanted : "auto"));
+    now = static_cast<int>(available_isas().back());
     chosen.store(now, std::memory_order_relaxed);
   }
   return static_cast<Isa>(now);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the micro-kernels use: chosen once by cpuid, or by ZO_CPU_ISA, or by set_isa.
+// Which instruction set the micro-kernels use: the best that cpuid reports, or what set_isa says.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@ namespace zo::cpu {
 
 enum class Isa { scalar, avx2, avx512 };
 
-// The one in use. Throws std::invalid_argument if ZO_CPU_ISA names one that cannot run here.
+// The one in use.
 Isa isa();
 // All that this build has and this machine can run, slowest first.
 std::vector<Isa> available_isas();

@@ -10,10 +10,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "cpu/add_noise.h"
-#include "cpu/isa.h"
 
 namespace zo::cpu {
 namespace {
+
+using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 1 << 15;  // elements; 128 KiB of fp32 stays in L2
 static_assert(kChunk % kChunkAlignment == 0);
@@ -25,7 +26,7 @@ struct Chunk {
   int64_t first, count;
 };
 
-Dtype dtype_of(const torch::stable::Tensor& t) {
+Dtype dtype_of(const Tensor& t) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::f32;
@@ -37,22 +38,36 @@ Dtype dtype_of(const torch::stable::Tensor& t) {
                   "leave integer weights out and perturb their scales");
 }
 
+bool is_fp32_of(const Tensor& t, size_t count) {
+  return t.scalar_type() == torch::headeronly::ScalarType::Float && t.is_cpu() && t.is_contiguous() &&
+         t.numel() == static_cast<int64_t>(count);
+}
+
 }  // namespace
 
-void add_noise_(std::vector<torch::stable::Tensor> params, std::vector<int64_t> streams, int64_t seed,
-                std::vector<int64_t> draws, std::vector<double> scales, double decay, std::string kind) {
+void add_noise_(std::vector<Tensor> params, std::vector<int64_t> streams, int64_t seed,
+                std::vector<int64_t> draws, Tensor scales, Tensor decay, std::string kind) {
   STD_TORCH_CHECK(streams.size() == params.size(), "add_noise_: streams must hold one id per parameter, got ",
                   streams.size(), " for ", params.size(), "; number the parameters");
-  STD_TORCH_CHECK(draws.size() == scales.size(), "add_noise_: scales must hold one value per draw, got ",
-                  scales.size(), " for ", draws.size(), "; pair them");
+  STD_TORCH_CHECK(is_fp32_of(scales, draws.size()) && is_fp32_of(decay, 1),
+                  "add_noise_: scales and decay must be contiguous float32 on the CPU, one scale a draw and one ",
+                  "decay, got others; call zo_kernels.ops.add_noise_");
   STD_TORCH_CHECK(kind == "normal" || kind == "rademacher",
                   "add_noise_: kind must be normal or rademacher, got ", kind, "; choose one of them");
   const Kind which = kind == "normal" ? Kind::normal : Kind::rademacher;
+  const float keep = *static_cast<const float*>(decay.const_data_ptr());
+  const float* factors = static_cast<const float*>(scales.const_data_ptr());
+
   std::vector<Chunk> chunks;
+  std::vector<std::pair<Tensor, Tensor>> strided;  // parameter and its row-major copy
   for (size_t i = 0; i < params.size(); ++i) {
-    const auto& p = params[i];
-    STD_TORCH_CHECK(p.is_contiguous(), "add_noise_: params must be contiguous here, got a strided one; ",
-                    "call zo_kernels.ops.add_noise_, which falls back to the reference");
+    Tensor p = params[i];
+    STD_TORCH_CHECK(p.numel() <= max_elements(which), "add_noise_: params must have at most ",
+                    max_elements(which), " elements, got ", p.numel(), "; split it");
+    if (!p.is_contiguous()) {
+      strided.emplace_back(p, torch::stable::contiguous(p));
+      p = strided.back().second;
+    }
     const Dtype dtype = dtype_of(p);
     const int64_t size = p.element_size();
     for (int64_t first = 0; first < p.numel(); first += kChunk) {
@@ -60,16 +75,15 @@ void add_noise_(std::vector<torch::stable::Tensor> params, std::vector<int64_t> 
                         static_cast<uint32_t>(streams[i]), first, std::min(kChunk, p.numel() - first)});
     }
   }
-  const std::vector<float> factors(scales.begin(), scales.end());
-  isa();  // a bad ZO_CPU_ISA throws here, outside the parallel region
   torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const Chunk& chunk = chunks[c];
-      const NoiseTerms terms{static_cast<uint64_t>(seed), chunk.stream, which, static_cast<float>(decay),
-                             static_cast<int64_t>(draws.size()), draws.data(), factors.data()};
+      const NoiseTerms terms{static_cast<uint64_t>(seed), chunk.stream, which, keep,
+                             static_cast<int64_t>(draws.size()), draws.data(), factors};
       add_noise(chunk.data, chunk.dtype, chunk.first, chunk.count, terms);
     }
   });
+  for (auto& [param, copy] : strided) torch::stable::copy_(param, copy);
 }
 
 }  // namespace zo::cpu

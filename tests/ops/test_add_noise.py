@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from zo_kernels import rng
+from zo_kernels import _registry, rng
 from zo_kernels._registry import OPS, cpp_available, use_backend
 from zo_kernels.kernels._triton import triton_available
 from zo_kernels.ops import add_noise_
@@ -81,29 +81,56 @@ def test_subnormal_numbers_survive(backend, device):
         assert p.count_nonzero() > 100
 
 
-LAYOUTS = {
+STRIDED = {
     "transposed": lambda x: x.view(10, 100).t(),
     "every second": lambda x: x[::2],
     "channels last": lambda x: x.view(5, 10, 5, 4).to(memory_format=torch.channels_last),
-    "misaligned": lambda x: x[1:],
-    "one number": lambda x: x[3],
     "flipped axes": lambda x: x.view(2, 10, 50).permute(2, 0, 1),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STRIDED)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(backend, device, dtype, layout):
-    whole = values(1000, dtype, device)
-    p = LAYOUTS[layout](whole)
-    strides, wanted, untouched = p.stride(), expected(p, 1), values(1000, dtype, device)
-    add_noise_([p], [1], SEED, DRAWS, SCALES, DECAY)
+def test_a_strided_parameter_takes_the_reference(dtype, layout):
+    whole = values(1000, dtype)
+    p = STRIDED[layout](whole)
+    strides, wanted = p.stride(), expected(p, 1)
+    with ran("add_noise_", "reference"):
+        add_noise_([p], [1], SEED, DRAWS, SCALES, DECAY)
     assert p.stride() == strides
     assert_same_bits(p, wanted)
     if layout == "every second":
-        assert_same_bits(whole[1::2], untouched[1::2])
-    if layout == "misaligned":
-        assert_same_bits(whole[:1], untouched[:1])
+        assert_same_bits(whole[1::2], values(1000, dtype)[1::2])
+
+
+def test_a_strided_parameter_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(_registry, "_logged", set())
+    for _ in range(2):
+        add_noise_([torch.ones(4, 6).t()], [0], 1, [0], [1.0])
+    why = cpp_available() or "only for contiguous parameters"
+    assert caplog.messages == [f"add_noise_: runs the reference, not cpp, which is {why}"]
+
+
+def test_a_forced_backend_refuses_a_strided_parameter():
+    with use_backend("triton"), pytest.raises(RuntimeError) as error:
+        add_noise_([torch.ones(4, 6).t()], [0], 1, [0], [1.0])
+    assert str(error.value).splitlines() == [
+        "add_noise_: backend must be one that can run this call, got 'triton'; "
+        "use 'auto' or one of these",
+        "  reference: can run",
+        f"  cpp: {cpp_available() or 'only for contiguous parameters'}",
+        "  triton: runs on cuda, the tensors are on cpu",
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_and_scalar_parameters(backend, device, dtype):
+    whole = values(1000, dtype, device)
+    params, others = [whole[3], whole[5:800]], [whole[:3], whole[4:5], whole[800:]]
+    wanted, untouched = [expected(p, 1) for p in params], [x.clone() for x in others]
+    add_noise_(params, [1, 1], SEED, DRAWS, SCALES, DECAY)
+    for got, bits in zip(params + others, wanted + untouched, strict=True):
+        assert_same_bits(got, bits)
 
 
 def test_empty_tensors_and_no_draws(backend, device):

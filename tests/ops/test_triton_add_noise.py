@@ -54,13 +54,13 @@ def test_bits(dtype, kind, draws, rounded):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", rng.KINDS)
-def test_layouts(kind):
+def test_misaligned_and_empty(kind):
     def views():
         x = torch.linspace(-1, 1, 600)
-        return [x[1:101], x[101:400:3], x[400:600].view(10, 20).t(), x[:0]]
+        return [x[1:101], x[103:600], x[:0]]
 
     params, wanted = views(), views()
-    arguments = ([0, 1, 2, 3], 7, [1], torch.tensor([0.5]), torch.tensor(1.0), kind)
+    arguments = ([0, 1, 2], 7, [1], torch.tensor([0.5]), torch.tensor(1.0), kind)
     kernel.add_noise__triton(params, *arguments)
     add_noise_ref(wanted, *arguments)
     for p, w in zip(params, wanted, strict=True):

@@ -61,6 +61,7 @@ def test_state_dict_round_trip(case):
     state = module.state_dict()
     assert state.keys() == {"qweight", "scale"} | ({"bias"} if source.bias is not None else set())
     other = type(module).like(source)
+    assert other.bias is None or not other.bias.requires_grad
     assert not other.qweight.any() and (other.scale == 1).all()
     other.load_state_dict(state)
     assert torch.equal(other(x), module(x))

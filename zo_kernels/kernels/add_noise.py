@@ -4,7 +4,7 @@
 p is fp32, bf16 or fp16 [n], row-major; draws int64 [T] and scales fp32 [T] lie on its device.
 Traffic: one read and one write of p. z comes from Philox4x32-10, stream by stream, with the bits of
 `zo_kernels.rng`, whose text this repeats: integers, and correctly rounded fp32 multiplications,
-additions and square roots in the same order. So FUSED must stay off, or ptxas makes fma of them.
+additions and square roots in the same order. So FUSED stays off: it would make fma of them.
 Source: MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
 """
 
@@ -89,11 +89,10 @@ def _add_noise__kernel(
 ):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     bit = tl.arange(0, 32)[None, :].to(tl.uint32)
+    STEP: tl.constexpr = 16 if NORMAL else 32  # from one output of a block to the next
     if NORMAL:
-        STEP: tl.constexpr = 16
-        i = (block // 16) * 64 + block % 16  # [BLOCKS], of the first output; the next is STEP on
+        i = (block // 16) * 64 + block % 16  # [BLOCKS]
     else:
-        STEP: tl.constexpr = 32
         block = block[:, None]
         i = block * 128 + bit  # [BLOCKS, 32]
     m0, m1, m2, m3 = i < n, i + STEP < n, i + 2 * STEP < n, i + 3 * STEP < n
@@ -136,22 +135,19 @@ def add_noise__triton(
     decay: Tensor,
     kind: str,
 ) -> None:
-    """One launch a parameter; the arguments are those of the op, checked."""
+    """One launch a parameter. The arguments are those of the op, checked; params contiguous."""
     if not params:
         return
     device = params[0].device
     on_device = torch.tensor(draws, dtype=torch.int64).to(device), scales.to(device)
     blocks, step = BLOCKS[kind], rng.GROUP[kind] // rng.BLOCKS_PER_GROUP[kind]
     for p, stream in zip(params, streams, strict=True):
-        flat = p if p.is_contiguous() else p.contiguous()
         if n := p.numel():
             with torch.cuda.device_of(p):
                 _add_noise__kernel[(triton.cdiv(n, blocks * step),)](
-                    *(flat, *on_device, n, seed, stream, len(draws), decay.item()),
+                    *(p, *on_device, n, seed, stream, len(draws), decay.item()),
                     NORMAL=kind == "normal",
                     BLOCKS=blocks,
                     num_warps=WARPS,
                     enable_fp_fusion=FUSED,
                 )
-        if flat is not p:
-            p.copy_(flat)

@@ -52,18 +52,30 @@ class QuantModule(nn.Module):
 
     @classmethod
     @abstractmethod
+    def _empty(cls, source: Any, device: torch.device | str, dtype: torch.dtype) -> Self:
+        """A module with the shape of `source`."""
+
+    @classmethod
     def like(
         cls,
         source: Any,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """An empty module of the shape of `source`, to load a state into.
+        """An empty module to load a state into.
 
         Args:
-            source: the float layer whose place it takes.
+            source: the layer whose place it takes: a float one, or one of this class.
             device, dtype: default those of `source`.
+
+        Raises:
+            ValueError: no op computes this layer.
         """
+        weight = source.weight
+        module = cls._empty(source, device or weight.device, dtype or weight.dtype)
+        if module.bias is not None:
+            module.bias.requires_grad_(source.bias.requires_grad)
+        return module.train(source.training)
 
     @classmethod
     def from_float(cls, source: Any, rounding: Rounding) -> Self:
@@ -83,7 +95,7 @@ class QuantModule(nn.Module):
         codes, module.scale = rounding(source.weight)
         module.qweight = codes.contiguous(memory_format=cls.layout)
         module.bias = source.bias
-        return module.train(source.training)
+        return module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {"qweight": self.qweight, "scale": self.scale}

@@ -69,12 +69,7 @@ class QuantConv2d(QuantModule):
         self.groups = groups
 
     @classmethod
-    def like(
-        cls,
-        source: nn.Conv2d,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
+    def _empty(cls, source: nn.Conv2d, device: torch.device | str, dtype: torch.dtype) -> Self:
         reason = cls.unsupported(source)
         if reason is not None:
             raise ValueError(
@@ -90,8 +85,8 @@ class QuantConv2d(QuantModule):
             source.dilation,
             source.groups,
             source.bias is not None,
-            device or source.weight.device,
-            dtype or source.weight.dtype,
+            device,
+            dtype,
         )
 
     @staticmethod

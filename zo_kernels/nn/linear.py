@@ -39,19 +39,9 @@ class QuantLinear(QuantModule):
         self.out_features = out_features
 
     @classmethod
-    def like(
-        cls,
-        source: nn.Linear,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        return cls(
-            source.in_features,
-            source.out_features,
-            source.bias is not None,
-            device or source.weight.device,
-            dtype or source.weight.dtype,
-        )
+    def _empty(cls, source: nn.Linear, device: torch.device | str, dtype: torch.dtype) -> Self:
+        has_bias = source.bias is not None
+        return cls(source.in_features, source.out_features, has_bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return qlinear(x, self.qweight, self.scale, bias=self.bias)

@@ -117,8 +117,10 @@ def _device_of(params: Sequence[Tensor], *_: object) -> torch.device | None:
     return params[0].device if params else None
 
 
-def _any(*_: object) -> None:
-    """Whatever passed `_check` runs: a strided parameter goes through a row-major copy."""
+def _supports(params: Sequence[Tensor], *_: object) -> str | None:
+    if all(p.is_contiguous() for p in params):
+        return None
+    return "only for contiguous parameters"
 
 
 def _examples() -> Iterator[Example]:
@@ -149,8 +151,8 @@ _op = define(
     device_of=_device_of,
     examples=_examples,
     backends=(
-        Backend("cpp", "cpu", cpp_available, _any),
-        Backend("triton", "cuda", triton_available, _any, _triton),
+        Backend("cpp", "cpu", cpp_available, _supports),
+        Backend("triton", "cuda", triton_available, _supports, _triton),
     ),
 )
 
@@ -172,7 +174,7 @@ def add_noise_(
 
     Args:
         params: fp32, bf16 or fp16, any shape, all on one device. Element i is counted in row-major
-            order, whatever the strides; a strided parameter costs a copy of itself for the call.
+            order, whatever the strides; strided ones take the reference, and a copy for the call.
         streams: for each parameter its number in [0, 2^32), for life.
         seed: 64-bit number of the run, signed or unsigned.
         draws: 64-bit numbers of the directions; none applies the decay alone.

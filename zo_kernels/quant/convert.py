@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from zo_kernels.nn import QuantConv2d, QuantLinear
-from zo_kernels.nn._base import QuantModule, check_weight
+from zo_kernels.nn import QuantConv2d, QuantLinear, QuantModule
+from zo_kernels.nn._base import check_weight
 from zo_kernels.quant.config import QuantConfig
 from zo_kernels.quant.rounding import ROUNDINGS
 

@@ -6,12 +6,10 @@ and scale fp32 [N], so that `weight[n] ~ codes[n] * scale[n]`. `ROUNDINGS` names
 `QuantConfig` can ask for; a calibrated rule is one more entry.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+from zo_kernels.nn._base import Rounding
 
 CODE_MAX = 127  # -128 stays unused, so that codes are symmetric and negation is exact
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zo_kernels.nn._base import QuantModule
+from zo_kernels.nn import QuantModule
 from zo_kernels.quant._files import atomic_write
 from zo_kernels.quant.config import QuantConfig
 from zo_kernels.quant.convert import CONFIG_ATTRIBUTE, QUANT_TYPES, replace_module
@@ -112,7 +112,7 @@ def load_quantized(model: Model, path: str | os.PathLike[str]) -> Model:
     for name, (_, dtype) in layers.items():
         layer = model.get_submodule(name)
         kind = type(layer) if isinstance(layer, QuantModule) else QUANT_TYPES[type(layer)]
-        rounded.append(kind.like(layer, "meta", dtype).train(layer.training))
+        rounded.append(kind.like(layer, "meta", dtype))
         replace_module(model, name, rounded[-1])
     model.load_state_dict(tensors, assign=True)
     for module in rounded:
