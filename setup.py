@@ -3,6 +3,7 @@
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,26 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+STABLE_ABI = "include/torch/csrc/stable/ops.h"
+# CMake and Ninja may be packages of this environment, which need not be activated.
+SEARCH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def reason_not_to_build() -> str | None:
     if os.environ.get("ZO_KERNELS_BUILD", "1") == "0":
         return "ZO_KERNELS_BUILD=0"
-    for tool in ("cmake", "ninja", os.environ.get("CXX", "c++")):
-        if shutil.which(tool) is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    for tool in ("cmake", "ninja", compiler[0]):
+        if shutil.which(tool, path=SEARCH) is None:
             return f"{tool} not found"
     for module in ("torch", "pybind11"):
         if importlib.util.find_spec(module) is None:
-            return f"{module} not installed (use --no-build-isolation in an environment that has it)"
+            return (
+                f"{module} not installed (use --no-build-isolation in an environment that has it)"
+            )
+    torch = importlib.util.find_spec("torch")
+    if not any((Path(p) / STABLE_ABI).exists() for p in torch.submodule_search_locations):
+        return f"torch has no {STABLE_ABI} (2.10 or newer does)"
     return None
 
 
@@ -37,6 +47,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
             f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=SEARCH)}",
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -45,8 +56,11 @@ class CMakeBuild(build_ext):
             f"-DZO_TORCH_VERSION={__version__}",
         ]  # fmt: skip
         jobs = str(os.cpu_count() or 1)
-        for command in (configure, ["cmake", "--build", str(work), "-j", jobs, "--target", "install"]):
-            subprocess.run(command, check=True)
+        for command in (
+            configure,
+            ["cmake", "--build", str(work), "-j", jobs, "--target", "install"],
+        ):
+            subprocess.run(command, check=True, env=os.environ | {"PATH": SEARCH})
 
     def get_outputs(self) -> list[str]:
         return []

@@ -3,9 +3,9 @@
 
     python -m benchmarks.base_model --data FOLDER
 
-draws pictures for captions of the training set and for pairs of caption and style that training never
-showed together, and scores them beside the real pictures. Captions come from those that the scorers
-were not fitted on, so that the real pictures are no easier than the generated ones.
+draws pictures for captions of the training set and for pairs of caption and style that training
+never showed together, and scores them beside the real pictures. Captions come from those that the
+scorers were not fitted on, so that the real pictures are no easier than the generated ones.
 """
 
 import argparse
@@ -54,12 +54,11 @@ def family(style: str) -> str:
 def seen_cases(
     images: Any, records: Sequence[Record], after: str, count: int, seed: int
 ) -> list[Case]:
-    """Pairs that training showed: distinct captions, styles in equal parts, no skin-tone variants."""
-    order = _shuffled(
-        (i for i, r in enumerate(records) if not r["variant"] and _usable(r["caption"], after)),
-        seed,
-    )
-    by_style = {style: (i for i in order if records[i]["style"] == style) for style in STYLES}
+    """Pairs that training showed: distinct captions, styles in equal parts, no variants."""
+    usable = (i for i, r in enumerate(records) if not r["variant"] and _usable(r["caption"], after))
+    by_style: dict[str, list[int]] = {style: [] for style in STYLES}
+    for i in _shuffled(usable, seed):
+        by_style[records[i]["style"]].append(i)
     taken: set[str] = set()
     cases = []
     for style in _turns(count):
@@ -190,7 +189,8 @@ def report(figures: dict[str, Any]) -> str:
     names = figures["encoders"]
     header = ("pictures", f"top-1 of {n}", f"top-5 of {n}", "style accuracy", "text cosine")
     return (
-        f"{table(header, rows)}\n\nVAE PSNR on the {n} real pictures: {figures['vae_psnr_db']:.2f} dB. "
+        f"{table(header, rows)}\n\nVAE PSNR on the {n} real pictures: "
+        f"{figures['vae_psnr_db']:.2f} dB. "
         f"Encoders: {names['image']} (pictures), {names['text']} (texts). "
         "Unseen pairs have no real pictures, so no ceiling of their own."
     )

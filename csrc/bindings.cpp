@@ -26,27 +26,41 @@ uint64_t word64(const py::int_& value) {
   return py::cast<uint64_t>(value.attr("__and__")(py::int_(UINT64_MAX)));
 }
 
-void noise_into(py::array_t<float, py::array::c_style>& out, const py::int_& seed, const py::int_& draw,
-                uint32_t stream, const std::string& kind, int64_t offset) {
-  const zo::Kind which = kind_of(kind);
-  if (offset < 0 || offset % zo::cpu::kChunkAlignment != 0) {
-    throw py::value_error("noise_into: offset must be a multiple of " +
-                          std::to_string(zo::cpu::kChunkAlignment) + ", got " + std::to_string(offset) +
-                          "; start earlier and drop the first values");
+// z from any offset on: the kernels start at a multiple of kChunkAlignment, so the head goes by a buffer.
+void fill(float* out, int64_t offset, int64_t n, const zo::cpu::NoiseTerms& terms) {
+  constexpr float kNothing = -0.0f;  // -0 + z has the bits of z, also where z is a zero
+  const int64_t skip = offset % zo::cpu::kChunkAlignment;
+  if (skip != 0) {
+    float head[zo::cpu::kChunkAlignment];
+    const int64_t taken = std::min(zo::cpu::kChunkAlignment - skip, n);
+    std::fill_n(head, skip + taken, kNothing);
+    zo::cpu::add_noise(head, zo::cpu::Dtype::f32, offset - skip, skip + taken, terms);
+    std::copy_n(head + skip, taken, out);
+    out += taken, offset += taken, n -= taken;
   }
-  if (out.size() > zo::max_elements(which) - offset) {
-    throw py::value_error("noise_into: offset + size must be within the stream, got " +
-                          std::to_string(offset) + " + " + std::to_string(out.size()) +
-                          "; use another stream");
+  std::fill_n(out, n, kNothing);
+  zo::cpu::add_noise(out, zo::cpu::Dtype::f32, offset, n, terms);
+}
+
+void noise_into(py::array_t<float, py::array::c_style>& out, const py::int_& seed, const py::int_& draw,
+                int64_t stream, const std::string& kind, int64_t offset) {
+  const zo::Kind which = kind_of(kind);
+  if (stream < 0 || stream > UINT32_MAX) {
+    throw py::value_error("noise_into: stream must be in [0, 2^32), got " + std::to_string(stream) +
+                          "; number from 0");
+  }
+  if (offset < 0 || out.size() > zo::max_elements(which) - offset) {
+    throw py::value_error("noise_into: elements must lie in [0, " + std::to_string(zo::max_elements(which)) +
+                          ") for kind=" + kind + ", got " + std::to_string(out.size()) + " from " +
+                          std::to_string(offset) + "; use several streams");
   }
   const int64_t one_draw = static_cast<int64_t>(word64(draw));
   const float one = 1.0f;
   float* data = out.mutable_data();
+  const int64_t size = out.size();
   const uint64_t key = word64(seed);
   py::gil_scoped_release release;
-  std::fill(data, data + out.size(), -0.0f);  // -0 + z has the bits of z, also where z is a zero
-  const zo::cpu::NoiseTerms terms{key, stream, which, 1.0f, 1, &one_draw, &one};
-  zo::cpu::add_noise(data, zo::cpu::Dtype::f32, offset, out.size(), terms);
+  fill(data, offset, size, {key, static_cast<uint32_t>(stream), which, 1.0f, 1, &one_draw, &one});
 }
 
 }  // namespace
@@ -56,16 +70,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = ZO_COMPILER;
+    info["flags"] = ZO_FLAGS;
     info["torch"] = ZO_TORCH_VERSION;
+    info["torch_target"] = std::to_string(ZO_TORCH_TARGET >> 56) + "." +
+                           std::to_string((ZO_TORCH_TARGET >> 48) & 0xFF);
     return info;
-  });
+  }, "Compiler, its flags, the torch it was built with, and the oldest that its ABI serves.");
   m.def("cpu_isa", [] { return std::string(zo::cpu::name_of(zo::cpu::isa())); },
         "The instruction set in use: scalar, avx2 or avx512.");
   m.def("cpu_isas_available", [] {
     std::vector<std::string> names;
     for (zo::cpu::Isa isa : zo::cpu::available_isas()) names.push_back(zo::cpu::name_of(isa));
     return names;
-  });
+  }, "The instruction sets that this machine and this build have, slowest first.");
   m.def("set_isa", &zo::cpu::set_isa, py::arg("name"),
         "Use this instruction set from now on; ValueError with the reason if it cannot run.");
   m.def(

@@ -73,15 +73,23 @@ class Ridge:
 
 @dataclass(frozen=True)
 class Bridge:
-    """Picture features to caption vectors, for one pair of encoders that it names."""
+    """Pictures and captions in one space, for one pair of encoders that it names.
+
+    The mean caption is subtracted on both sides: sentence vectors share a large common part that
+    says nothing about the picture, and without it an unrelated caption scores near 0.
+    """
 
     ridge: Ridge
     image_encoder: str
     text_encoder: str
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """Unit vectors [B, k] in the text encoder's space, of picture features [B, d]."""
-        return F.normalize(self.ridge(features), dim=-1)
+    def pictures(self, features: Tensor) -> Tensor:
+        """Unit vectors [B, k] of picture features [B, d]."""
+        return F.normalize(self.ridge(features) - self.ridge.bias, dim=-1)
+
+    def texts(self, vectors: Tensor) -> Tensor:
+        """Unit vectors [B, k] of the text encoder's vectors [B, k]."""
+        return F.normalize(vectors - self.ridge.bias, dim=-1)
 
 
 @dataclass(frozen=True)

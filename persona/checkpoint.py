@@ -28,7 +28,8 @@ def load(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     """
     if not path.exists():
         raise UserError(
-            f"resume_from_checkpoint: must find a checkpoint, got none at {path}; start without --resume"
+            f"resume_from_checkpoint: must find a checkpoint, got none at {path}; "
+            "start without --resume"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -36,7 +37,8 @@ def load(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"resume_from_checkpoint: must be a readable checkpoint, got {path} ({error}); start anew"
+            f"resume_from_checkpoint: must be a readable checkpoint, got {path} "
+            f"({error}); start anew"
         ) from error
     if header.get("format") != FORMAT:
         raise UserError(

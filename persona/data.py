@@ -31,14 +31,17 @@ def load_folder(
     """Read every picture of ``folder``, resized to ``resolution`` x ``resolution``.
 
     ``dog.txt`` beside ``dog.png`` holds its caption, with ``{}`` where the token goes; pictures
-    without one take the templates of ``learnable_property``. Transparent pictures are laid on white.
+    without one take the templates of ``learnable_property``. Transparent pictures are laid on
+    white.
 
     Raises:
         UserError: the folder or its pictures are missing, unreadable or smaller than half the
             resolution, or a caption has no ``{}``.
     """
     if not folder.is_dir():
-        raise UserError(f"train_data_dir: must be a folder with pictures, got {folder}; check the path")
+        raise UserError(
+            f"train_data_dir: must be a folder with pictures, got {folder}; check the path"
+        )
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(

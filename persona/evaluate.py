@@ -99,8 +99,8 @@ class Scorer:
             UserError: counts differ, or there is no text encoder or way into its space.
         """
         _same_count("Scorer.text", captions, images)
-        vectors = self._texts(captions)
-        return (self._in_text_space(images, vectors) * vectors).sum(-1).mean().item()
+        pictures, texts = self._shared_space(images, captions)
+        return (pictures * texts).sum(-1).mean().item()
 
     def retrieval(self, images: Scored, captions: Sequence[str]) -> tuple[float, float]:
         """How often a picture's own caption comes first, and among the first five.
@@ -112,9 +112,9 @@ class Scorer:
         """
         _same_count("Scorer.retrieval", captions, images)
         candidates = sorted(set(captions))
-        vectors = self._texts(candidates)
+        pictures, texts = self._shared_space(images, candidates)
         wanted = torch.tensor([candidates.index(caption) for caption in captions])
-        found = ranks(self._in_text_space(images, vectors), vectors, wanted)
+        found = ranks(pictures, texts, wanted)
         return (found < 1).float().mean().item(), (found < 5).float().mean().item()
 
     def style_accuracy(self, images: Scored, styles: Sequence[str]) -> float:
@@ -139,22 +139,20 @@ class Scorer:
         hits = sum(guess == style for guess, style in zip(guesses, styles, strict=True))
         return hits / len(styles)
 
-    def _texts(self, texts: Sequence[str]) -> Tensor:
+    def _shared_space(self, images: Scored, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of pictures and of texts that can be compared."""
         if self.text_encoder is None:
             raise UserError("Scorer: text_encoder must be given to score texts, got None; pass one")
-        return F.normalize(self.text_encoder.encode(texts), dim=-1)
-
-    def _in_text_space(self, images: Scored, texts: Tensor) -> Tensor:
-        features = self.features(images)
+        features, vectors = self.features(images), self.text_encoder.encode(texts)
         if self.bridge is not None:
-            return self.bridge(features)
-        if features.shape[1] != texts.shape[1]:
+            return self.bridge.pictures(features), self.bridge.texts(vectors)
+        if features.shape[1] != vectors.shape[1]:
             raise UserError(
                 f"Scorer: bridge must be given where encoders do not share a space, got None with "
-                f"{features.shape[1]} picture and {texts.shape[1]} text features; fit one with "
+                f"{features.shape[1]} picture and {vectors.shape[1]} text features; fit one with "
                 "python -m persona.evaluate fit"
             )
-        return F.normalize(features, dim=-1)
+        return F.normalize(features, dim=-1), F.normalize(vectors, dim=-1)
 
 
 def _same_count(method: str, texts: Sequence[str], images: Scored) -> None:
@@ -183,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             MiniLM(),
             pictures=given.pictures,
             cache=given.cache,
+            note={"input_size": given.size},
         )
     except UserError as error:
         print(f"persona: {error}", file=sys.stderr)

@@ -24,7 +24,8 @@ def save_embedding(
     """Write the token for diffusers and for A1111, ComfyUI, InvokeAI and kohya.
 
     ``learned_embeds.safetensors``: ``{token: [d]}`` ([n, d] for several vectors), which
-    ``pipe.load_textual_inversion(folder)`` reads. ``<stem>.safetensors``: ``{"emb_params": [n, d]}``.
+    ``pipe.load_textual_inversion(folder)`` reads. ``<stem>.safetensors``:
+    ``{"emb_params": [n, d]}``.
 
     Args:
         rows: [n, d].

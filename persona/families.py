@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter per model family: encode, noise, predict, target, sample. So far Stable Diffusion 1.x/2.x."""
+"""One adapter per model family: encode, noise, predict, target, sample.
+
+So far: Stable Diffusion 1.x and 2.x.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffu
         if missing:
             raise UserError(
                 f"pretrained_model_name_or_path: must be a diffusers model folder with "
-                f"{', '.join(PARTS)}, got {model} without {', '.join(missing)}; copy the whole folder"
+                f"{', '.join(PARTS)}, got {model} without {', '.join(missing)}; "
+                "copy the whole folder"
             )
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
@@ -36,8 +40,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffu
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"pretrained_model_name_or_path: must name a Stable Diffusion model in diffusers' format, "
-            f"got {model} ({reason}); check the folder or the network"
+            "pretrained_model_name_or_path: must name a Stable Diffusion model in diffusers' "
+            f"format, got {model} ({reason}); check the folder or the network"
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -50,8 +54,8 @@ class StableDiffusion:
         pipe: its modules are used in place and frozen; nothing is copied.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe  # diffusers sets the modules by name: untyped
         for module in (pipe.unet, pipe.text_encoder, pipe.vae):
             module.requires_grad_(False).eval()
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -75,7 +79,7 @@ class StableDiffusion:
         }
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled mean and standard deviation of the latents of pixels [B, 3, H, W]: two [B, C, h, w]."""
+        """Scaled mean and standard deviation, [B, C, h, w] each; pixels are [B, 3, H, W]."""
         vae = self.pipe.vae
         with torch.inference_mode():
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
@@ -113,8 +117,8 @@ class StableDiffusion:
         if kind == "v_prediction":
             return self.schedule.get_velocity(x0, noise, t)
         raise UserError(
-            f"prediction_type: must be epsilon or v_prediction, got {kind!r} in the model's scheduler "
-            "config; such a model cannot be personalized yet"
+            f"prediction_type: must be epsilon or v_prediction, got {kind!r} in the model's "
+            "scheduler config; such a model cannot be personalized yet"
         )
 
     def predict(self, x_t: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
@@ -131,13 +135,11 @@ class StableDiffusion:
         guidance: float,
         batch: int = 16,
     ) -> list[Image.Image]:
-        """One picture a prompt; picture i starts from the noise of ``seed + i``, whatever the batch."""
+        """One picture a prompt; number i starts from noise ``seed + i``, whatever the batch."""
         out: list[Image.Image] = []
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            generators = [
-                torch.Generator().manual_seed(seed + start + i) for i in range(len(part))
-            ]
+            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
             out += self.pipe(
                 part, num_inference_steps=steps, guidance_scale=guidance, generator=generators
             ).images

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -49,8 +48,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"output_dir: {path} must be writable to the end, got {reason}; free some space or choose "
-            "another --output_dir; what was there before is untouched"
+            f"output_dir: {path} must be writable to the end, got {reason}; free some space or "
+            "choose another --output_dir; what was there before is untouched"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -63,18 +62,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomic(path, lambda p: _write_text(p, text))
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
 
 
 def write_image(path: Path, image: Image.Image) -> None:
     write_atomic(path, lambda p: image.save(p, format="PNG"))
-
-
-def write_torch(path: Path, value: Any) -> None:
-    write_atomic(path, lambda p: torch.save(value, p))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)

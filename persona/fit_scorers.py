@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -92,6 +91,7 @@ def fit(
     *,
     pictures: int = 4000,
     cache: Path | None = None,
+    note: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fit both maps on at most ``pictures`` pictures of ``data``, write them, return the figures.
 
@@ -102,6 +102,7 @@ def fit(
         data: folder that ``read_captioned`` reads.
         out: the safetensors file to write.
         cache: file that keeps the features, so that a later or larger run continues from it.
+        note: more to keep in the file, such as how to build the encoders again.
 
     Raises:
         UserError: ``pictures`` is out of range, or a file cannot be read or written.
@@ -120,45 +121,44 @@ def fit(
 
     candidates = sorted(set(captions[cut:]))
     unique = sorted(set(captions))
-    vectors = text_encoder.encode(unique)
-    texts = vectors[torch.tensor([unique.index(caption) for caption in captions])]
-    heldout_texts = vectors[torch.tensor([unique.index(caption) for caption in candidates])]
+    vectors = dict(zip(unique, text_encoder.encode(unique), strict=True))
+    texts = torch.stack([vectors[caption] for caption in captions])
+    candidate_texts = torch.stack([vectors[caption] for caption in candidates])
     wanted = torch.tensor([candidates.index(caption) for caption in captions[cut:]])
-
-    def found(ridge: Ridge) -> Tensor:
-        return ranks(F.normalize(ridge(features[cut:]), dim=-1), heldout_texts, wanted)
-
-    def right(ridge: Ridge) -> Tensor:
-        return (ridge(features[cut:]).argmax(-1) == targets[cut:].argmax(-1)).float()
-
-    bridges = Ridge.fit(features[:cut], texts[:cut], PENALTIES)
-    orders = [found(ridge) for ridge in bridges]
-    best = max(range(len(PENALTIES)), key=lambda i: (1 / (orders[i] + 1)).mean().item())
     targets = StyleClassifier.targets(labels, STYLES)
-    classifiers = Ridge.fit(features[:cut], targets[:cut], PENALTIES)
-    hits = [right(ridge) for ridge in classifiers]
-    best_style = max(range(len(PENALTIES)), key=lambda i: hits[i].mean().item())
 
-    name = image_encoder.name
-    figures = {
+    bridges = [
+        Bridge(ridge, image_encoder.name, text_encoder.name)
+        for ridge in Ridge.fit(features[:cut], texts[:cut], PENALTIES)
+    ]
+    classifiers = [
+        StyleClassifier(ridge, image_encoder.name, STYLES)
+        for ridge in Ridge.fit(features[:cut], targets[:cut], PENALTIES)
+    ]
+    orders = [ranks(b.pictures(features[cut:]), b.texts(candidate_texts), wanted) for b in bridges]
+    accuracies = [_accuracy(c(features[cut:]), labels[cut:]) for c in classifiers]
+    best = max(range(len(PENALTIES)), key=lambda i: (1 / (orders[i] + 1)).mean().item())
+    best_style = max(range(len(PENALTIES)), key=lambda i: accuracies[i])
+
+    figures = (note or {}) | {
         "fitted_pictures": cut,
         "fitted_captions": len(set(captions[:cut])),
         "heldout_pictures": len(chosen) - cut,
         "heldout_captions": len(candidates),
         "heldout_top1": round((orders[best] < 1).float().mean().item(), 4),
         "heldout_top10": round((orders[best] < 10).float().mean().item(), 4),
-        "heldout_style_accuracy": round(hits[best_style].mean().item(), 4),
+        "heldout_style_accuracy": round(accuracies[best_style], 4),
         "bridge_penalty": PENALTIES[best],
         "style_penalty": PENALTIES[best_style],
         "last_caption_key": caption_key(captions[-1]),
     }
-    save_scorers(
-        out,
-        Bridge(bridges[best], name, text_encoder.name),
-        StyleClassifier(classifiers[best_style], name, STYLES),
-        figures,
-    )
-    return {"image_encoder": name, "text_encoder": text_encoder.name} | figures
+    save_scorers(out, bridges[best], classifiers[best_style], figures)
+    names = {"image_encoder": image_encoder.name, "text_encoder": text_encoder.name}
+    return names | figures
+
+
+def _accuracy(guesses: Sequence[str], labels: Sequence[str]) -> float:
+    return sum(map(str.__eq__, guesses, labels)) / len(labels)
 
 
 def _features(

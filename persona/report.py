@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from persona.files import write_atomic
+from persona.files import write_text
 
 
 class MetricsLog:
@@ -21,7 +21,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, keep_below: int) -> None:
         kept = [line for line in _lines(path) if line["step"] < keep_below]
-        write_atomic(path, lambda p: p.write_text("".join(json.dumps(x) + "\n" for x in kept)))
+        write_text(path, "".join(json.dumps(x) + "\n" for x in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, **values: Any) -> None:
@@ -50,9 +50,7 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], cell: int = 128) -> 
     """Labelled rows of pictures, each ``cell`` pixels a side."""
     label, gap = 90, 4
     columns = max(len(images) for _, images in rows)
-    sheet = Image.new(
-        "RGB", (label + columns * (cell + gap), len(rows) * (cell + gap)), "white"
-    )
+    sheet = Image.new("RGB", (label + columns * (cell + gap), len(rows) * (cell + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for y, (name, images) in enumerate(rows):
         top = y * (cell + gap)

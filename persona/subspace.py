@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subspace Gradient: project out the directions in which the token has hardly moved.
 
-ZOODiP (arXiv 2503.14868), algorithm 2 and equations 4 to 8. A buffer B [tau, d] collects the updated
-tokens; every tau steps B is standardized per dimension, and P holds its right singular vectors behind
-the first i* that explain more than 1 - nu of the variance:
+ZOODiP (arXiv 2503.14868), algorithm 2 and equations 4 to 8. A buffer B [tau, d] collects the
+updated tokens; every tau steps B is standardized per dimension, and P holds its right singular
+vectors behind the first i* that explain more than 1 - nu of the variance:
 
     i* = min{i : sum_{j<=i} lambda_j / sum_k lambda_k > 1 - nu},   g' = g (I - P^T P)
 
-As in the paper and its code, P lives in standardized coordinates and is applied to the raw gradient.
+As in the paper and its code, P lives in standardized coordinates and is applied to the raw
+gradient.
 """
 
 import torch

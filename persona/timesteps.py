@@ -11,8 +11,8 @@ from torch import Tensor
 class Window:
     """t ~ U{low, ..., high - 1}: PUTS (ZOODiP, arXiv 2503.14868, equation 9), U(T_L, T_U).
 
-    low, high: timesteps of the scheduler, 0 <= low < high <= number of training timesteps. The paper
-    takes (500, 900) for Stable Diffusion 1.5; (0, 1000) is the uniform sampler.
+    low, high: timesteps of the scheduler, 0 <= low < high <= number of training timesteps. The
+    paper takes (500, 900) for Stable Diffusion 1.5; (0, 1000) is the uniform sampler.
 
     Raises:
         ValueError: the window is empty or starts below 0.

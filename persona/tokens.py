@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New tokens by hook: fp32 master rows beside the embedding table, which is never touched or resized.
+"""New tokens by hook: fp32 master rows beside the embedding table, which is never touched.
 
 The tokenizer learns the names; ids from the end of the table on are looked up in the rows instead.
 Rows may differ between the members of a batch: that is how all perturbed copies of a token are
@@ -53,8 +53,8 @@ def initial_rows(tokenizer: Any, table: Tensor, initializer: str, num_vectors: i
     if len(ids) != 1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise UserError(
-            f"initializer_token: must be one token of the vocabulary, got {initializer!r}, which is "
-            f"{len(ids)} ({' '.join(pieces)}); take a more common word for the class"
+            f"initializer_token: must be one token of the vocabulary, got {initializer!r}, which "
+            f"is {len(ids)} ({' '.join(pieces)}); take a more common word for the class"
         )
     return table[ids[0]].detach().float().repeat(num_vectors, 1)
 

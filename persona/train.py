@@ -16,7 +16,7 @@ from tqdm import tqdm
 import zo_kernels
 from persona import checkpoint
 from persona.config import TextualInversionConfig
-from persona.data import load_folder
+from persona.data import Example, load_folder
 from persona.errors import UserError
 from persona.export import save_embedding
 from persona.families import StableDiffusion, load_pipeline
@@ -35,6 +35,7 @@ SMOOTHING = 0.98  # of the loss shown in the progress bar
 class Result:
     """A finished run. ``before`` and ``after`` are pictures of the same prompts and seeds."""
 
+    examples: list[Example]
     output: Path
     embedding: Path
     steps: int
@@ -60,8 +61,9 @@ def textual_inversion(
 ) -> Result:
     """Learn ``config.placeholder_token`` from a folder of pictures, by forward passes only.
 
-    Writes into ``config.output_dir``: ``learned_embeds.safetensors`` and its twin for other programs,
-    ``grid.png`` (pictures, before, after), ``metrics.jsonl``, ``config.json`` and a checkpoint.
+    Writes into ``config.output_dir``: ``learned_embeds.safetensors`` and its twin for other
+    programs, ``grid.png`` (pictures, before, after), ``metrics.jsonl``, ``config.json`` and a
+    checkpoint.
 
     Args:
         config: options; see the class.
@@ -114,6 +116,7 @@ def textual_inversion(
         rows = [("pictures", [e.image for e in examples]), ("before", before), ("after", after)]
         write_image(config.output / "grid.png", grid(rows))
     return Result(
+        examples=examples,
         output=config.output,
         embedding=embedding,
         steps=method.steps,
@@ -170,7 +173,7 @@ def _train(
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let a SIGINT wait for the end of a step, when the state is whole; a second one acts at once."""
+    """Let a SIGINT wait for the end of a step, with the state whole; a second one acts at once."""
     seen = False
 
     def handler(number: int, frame: object) -> None:

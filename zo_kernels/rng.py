@@ -5,11 +5,11 @@ Words come from Philox4x32-10 (Salmon et al., SC'11). Key: the 64-bit `seed`, lo
 Counter words: (block, stream, draw_lo, draw_hi). Nothing else enters: not the block size, the
 thread count, the dtype, the device, or the order of the parameters.
 
-| kind         | block of element i         | what it reads there                                   |
-|--------------|----------------------------|-------------------------------------------------------|
-| `normal`     | 16 * (i // 64) + i % 16    | output i // 16 % 4: words (0, 1) make outputs 0 and 1,|
-|              |                            | words (2, 3) make outputs 2 and 3, by Box-Muller      |
-| `rademacher` | i // 128                   | bit i % 32 of word i // 32 % 4: 0 is +1, 1 is -1      |
+| kind         | block of element i      | what it reads there                                   |
+|--------------|-------------------------|-------------------------------------------------------|
+| `normal`     | 16 * (i // 64) + i % 16 | output i // 16 % 4; by Box-Muller words (0, 1) make   |
+|              |                         | outputs 0 and 1, words (2, 3) outputs 2 and 3         |
+| `rademacher` | i // 128                | bit i % 32 of word i // 32 % 4: 0 is +1, 1 is -1      |
 
 So 16 consecutive blocks fill 64 consecutive normals and SIMD lanes never have to be interleaved.
 The largest normal is 6.66 in magnitude. A stream ends where the 32-bit block counter does, at

@@ -9,21 +9,28 @@
 namespace zo::cpu {
 namespace {
 
+// What `isa` needs and is not there, each after a space; nothing where it can run.
+std::string lacking(Isa isa) {
+  std::string out;
 #if defined(ZO_X86)
-bool machine_has(Isa isa) {
-  switch (isa) {
-    case Isa::scalar: return true;
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return machine_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl");
+  const auto need = [&out](bool has, const char* feature) {
+    if (!has) out += std::string(" ") + feature;
+  };
+  if (isa != Isa::scalar) {
+    need(__builtin_cpu_supports("avx2"), "avx2");
+    need(__builtin_cpu_supports("f16c"), "f16c");
   }
-  return false;
-}
+  if (isa == Isa::avx512) {
+    need(__builtin_cpu_supports("avx512f"), "avx512f");
+    need(__builtin_cpu_supports("avx512bw"), "avx512bw");
+    need(__builtin_cpu_supports("avx512dq"), "avx512dq");
+    need(__builtin_cpu_supports("avx512vl"), "avx512vl");
+  }
 #else
-bool machine_has(Isa isa) { return isa == Isa::scalar; }
+  if (isa != Isa::scalar) out = " x86-64";
 #endif
+  return out;
+}
 
 constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512};
 constexpr int kUnset = -1;
@@ -35,9 +42,10 @@ Isa parse(const std::string& name) {
   for (Isa isa : available_isas()) runnable += std::string(" ") + name_of(isa);
   for (Isa isa : kAll) {
     if (name != name_of(isa)) continue;
-    if (machine_has(isa)) return isa;
-    throw std::invalid_argument("set_isa: name must be one that this machine and build can run (auto" +
-                                runnable + "), got " + name + ", which they cannot; choose another");
+    const std::string lack = lacking(isa);
+    if (lack.empty()) return isa;
+    throw std::invalid_argument("set_isa: name must be one that this machine can run (auto" + runnable +
+                                "), got " + name + ", for which it lacks" + lack + "; choose another");
   }
   throw std::invalid_argument("set_isa: name must be one of auto" + runnable + ", got '" + name +
                               "'; choose one of them");
@@ -48,7 +56,7 @@ Isa parse(const std::string& name) {
 std::vector<Isa> available_isas() {
   std::vector<Isa> out;
   for (Isa isa : kAll) {
-    if (machine_has(isa)) out.push_back(isa);
+    if (lacking(isa).empty()) out.push_back(isa);
   }
   return out;
 }

@@ -38,9 +38,16 @@ Dtype dtype_of(const Tensor& t) {
                   "leave integer weights out and perturb their scales");
 }
 
+// A contiguous tensor whose storage was freed or shrunk under it still has its shape.
+bool lies_in_its_storage(const Tensor& t) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return t.numel() <= bytes / static_cast<int64_t>(t.element_size()) - t.storage_offset();
+}
+
 bool is_fp32_of(const Tensor& t, size_t count) {
   return t.scalar_type() == torch::headeronly::ScalarType::Float && t.is_cpu() && t.is_contiguous() &&
-         t.numel() == static_cast<int64_t>(count);
+         t.numel() == static_cast<int64_t>(count) && lies_in_its_storage(t);
 }
 
 }  // namespace
@@ -68,6 +75,9 @@ void add_noise_(std::vector<Tensor> params, std::vector<int64_t> streams, int64_
       strided.emplace_back(p, torch::stable::contiguous(p));
       p = strided.back().second;
     }
+    STD_TORCH_CHECK(p.is_cpu() && lies_in_its_storage(p),
+                    "add_noise_: params must be on the CPU with their storage allocated, got params[", i,
+                    "] of ", p.numel(), " elements, which is not; gather it first");
     const Dtype dtype = dtype_of(p);
     const int64_t size = p.element_size();
     for (int64_t first = 0; first < p.numel(); first += kChunk) {

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZOODiP: learn one token embedding by forward passes only (Seo et al., CVPR 2025, arXiv 2503.14868).
+"""ZOODiP: learn one token embedding by forward passes only.
+
+Seo, Jeong, Lee and Chun, CVPR 2025, arXiv 2503.14868.
 
 Algorithm 1. A step draws pictures, noise and timesteps once, evaluates the loss at the token and at
-its perturbed copies, all in one batched forward where memory allows, projects the estimate (Subspace
-Gradient), and lets Adam move the fp32 master row. Nothing but the row, its moments and the buffer is
+its perturbed copies, all in one batched forward where memory allows, projects the estimate
+(Subspace Gradient), and lets Adam move the fp32 master row. Nothing but the row, its moments and
+the buffer is
 kept: no gradient, no activation, no second copy of a weight.
 """
 
@@ -25,7 +28,7 @@ from zo_kernels.optim import adam_update_
 
 @dataclass(frozen=True)
 class Step:
-    """What one step reports: finished steps so far, loss at the unperturbed token, forwards so far."""
+    """What one step reports: finished steps, loss at the unperturbed token, forwards so far."""
 
     step: int
     loss: float
@@ -89,14 +92,14 @@ class TextualInversion:
         self.ids = [self.family.tokenize([p.format(word) for p in e.prompts]) for e in examples]
 
     def run(self) -> Iterator[Step]:
-        """Train up to ``config.max_train_steps``; yields after every step, when the state is whole."""
+        """Train up to ``config.max_train_steps``; yields after every step, with the state whole."""
         while self.steps < self.config.max_train_steps:
             yield self.step()
 
     @torch.inference_mode()
     def step(self) -> Step:
         """One update of the token; a loss that is not finite is counted and leaves it as it was."""
-        config, draw = self.config, self.steps * self.config.zo_n
+        draw = self.steps * self.config.zo_n
         batch = self._draw_batch()
         losses = self._losses(self.estimator.probes(self.theta, draw=draw), *batch)
         self.steps += 1
@@ -143,7 +146,9 @@ class TextualInversion:
         x_t, target = self.family.noised(x0, noise, t), self.family.target(x0, noise, t)
         return x_t, target, t, torch.stack(ids)
 
-    def _losses(self, copies: Tensor, x_t: Tensor, target: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+    def _losses(
+        self, copies: Tensor, x_t: Tensor, target: Tensor, t: Tensor, ids: Tensor
+    ) -> Tensor:
         """Loss of every copy [Q, R, d] on the same batch: fp32 [Q]."""
         while True:
             try:

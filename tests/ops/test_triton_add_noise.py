@@ -16,6 +16,9 @@ from zo_kernels.testing import SIZES, assert_same_bits
 triton = pytest.importorskip("triton")
 kernel = pytest.importorskip("zo_kernels.kernels.add_noise")
 
+# The interpreter makes the bound of `range` from an array; numpy warns of that.
+quiet = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
 
 @pytest.fixture
 def rounded(monkeypatch):
@@ -36,6 +39,7 @@ def rounded(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
 
 
+@quiet
 @pytest.mark.interpreter
 @pytest.mark.parametrize("draws", [[0], [2**40 + 3, -7]], ids=len)
 @pytest.mark.parametrize("kind", rng.KINDS)
@@ -52,6 +56,7 @@ def test_bits(dtype, kind, draws, rounded):
         assert_same_bits(p, w)
 
 
+@quiet
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", rng.KINDS)
 def test_misaligned_and_empty(kind):

@@ -17,14 +17,18 @@ from . import data, stages
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_sd", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and train.jsonl")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with train.npz and train.jsonl"
+    )
     parser.add_argument("--work", type=Path, default=Path("build/tiny-sd"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=Path("persona/assets/tiny-sd"))
     parser.add_argument("--start", type=Path, help="model folder to continue from")
     parser.add_argument("--vae_minutes", type=float, default=15.0)
     parser.add_argument("--text_minutes", type=float, default=8.0)
     parser.add_argument("--unet_minutes", type=float, default=90.0)
-    parser.add_argument("--tune_text", action="store_true", help="train the text encoder with the UNet")
+    parser.add_argument(
+        "--tune_text", action="store_true", help="train the text encoder with the UNet"
+    )
     parser.add_argument("--stages", nargs="+", default=list(stages.STAGES), choices=stages.STAGES)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -36,7 +40,8 @@ def main() -> None:
         stages.STAGES[name](args, pictures)
 
 
-# glibc gives every large activation back to the kernel; keeping them is 2 to 3 times faster on CPUs.
+# glibc gives every large activation back to the kernel; keeping them is 2 to 3 times faster on
+# CPUs.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 if __name__ == "__main__":

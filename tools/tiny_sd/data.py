@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The captioned 64x64 pictures that tiny-sd is trained on, and how often each is drawn.
 
-A data folder holds ``train.npz`` (``images``: uint8 [N, 64, 64, 3]) and ``train.jsonl`` (one object a
+A data folder holds ``train.npz`` (``images``: uint8 [N, 64, 64, 3]) and ``train.jsonl`` (one object
+a
 line, same order: caption, keywords, style, variant, ...). ``tools/tiny_sd/dataset.py`` rebuilds it
 from public packages.
 """

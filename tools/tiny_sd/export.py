@@ -48,7 +48,9 @@ def write(
     tokenizer.backend_tokenizer.model.save(str(new / "tokenizer"))  # vocab.json, merges.txt
     size = sum(f.stat().st_size for f in new.rglob("*.safetensors"))
     if size > MAX_BYTES:
-        raise ValueError(f"write: weights must be at most {MAX_BYTES} bytes, got {size}; use smaller sizes")
+        raise ValueError(
+            f"write: weights must be at most {MAX_BYTES} bytes, got {size}; use smaller sizes"
+        )
     for kept in ("README.md", "VERSION"):
         if (out / kept).exists():
             shutil.copy2(out / kept, new / kept)

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def save_atomic(state: dict, path: Path) -> None:
-    """torch.save by way of a temporary file in the same folder, so that a kill leaves the old one."""
+    """torch.save by way of a temporary file beside ``path``: a kill leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
@@ -52,10 +52,10 @@ class Ema:
 
 
 class Run:
-    """Iterate training steps until ``minutes`` of training time are spent, over any number of starts.
+    """Iterate training steps until ``minutes`` are spent, over any number of starts.
 
-    ``parts`` are the objects whose ``state_dict`` makes the run resumable; they are saved to ``path``
-    every ``save_every`` seconds and at the end, and restored from it when it exists.
+    ``parts`` are the objects whose ``state_dict`` makes the run resumable; they are saved to
+    ``path`` every ``save_every`` seconds and at the end, and restored from it when it exists.
     """
 
     def __init__(
@@ -121,5 +121,8 @@ class Run:
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
         if (self.step + 1) % self.log_every == 0:
             means = "  ".join(f"{k} {v / self.log_every:.4f}" for k, v in self._sums.items())
-            print(f"{self.path.stem} step {self.step + 1}  {self.spent / 60:.1f} min  {means}", flush=True)
+            print(
+                f"{self.path.stem} step {self.step + 1}  {self.spent / 60:.1f} min  {means}",
+                flush=True,
+            )
             self._sums.clear()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 3: the UNet, and on request the text encoder with it, on cached latents.
 
-v-prediction (Salimans & Ho 2022) with min-SNR-5 weights (Hang et al. 2023), captions dropped at 10 %
-for classifier-free guidance (Ho & Salimans 2021), an exponential moving average of the weights.
+v-prediction (Salimans & Ho 2022) with min-SNR-5 weights (Hang et al. 2023), captions dropped at 10
+% for classifier-free guidance (Ho & Salimans 2021), an exponential moving average of the weights.
 """
 
 from pathlib import Path
@@ -16,25 +16,25 @@ from .data import Pictures
 from .run import Ema, Run
 from .text import tokenize
 
-CONFIG = dict(
-    sample_size=8,
-    in_channels=12,
-    out_channels=12,
-    block_out_channels=(96, 192),
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=16,
-    cross_attention_dim=256,
-    attention_head_dim=4,  # in diffusers' UNet this is the number of heads
-)
-SCHEDULE = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="v_prediction",
-)
+CONFIG = {
+    "sample_size": 8,
+    "in_channels": 12,
+    "out_channels": 12,
+    "block_out_channels": (96, 192),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "cross_attention_dim": 256,
+    "attention_head_dim": 4,  # in diffusers' UNet this is the number of heads
+}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
 DROP_CAPTION = 0.1
 MIN_SNR = 5.0
 

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from .data import Pictures
 from .run import Ema, Run
 
-CONFIG = dict(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=12,
-    block_out_channels=(16, 32, 64, 128),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    layers_per_block=1,
-    norm_num_groups=2,  # many small groups would wash out what a white background needs
-    mid_block_add_attention=False,
-    sample_size=64,
-)
+CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 12,
+    "block_out_channels": (16, 32, 64, 128),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,  # many small groups would wash out what a white background needs
+    "mid_block_add_attention": False,
+    "sample_size": 64,
+}
 
 
 class Perceptual(nn.Module):
@@ -64,9 +64,10 @@ class Perceptual(nn.Module):
 
 @torch.no_grad()
 def initialize(vae: AutoencoderKL) -> None:
-    """Start as a nearly linear map that loses little: orthogonal convolutions, silent residual branches.
+    """Start as a nearly linear map: orthogonal convolutions, silent residual branches.
 
-    torch's default shrinks the signal by sqrt(3) a layer, and a posterior std of 1 lets nothing pass.
+    torch's default shrinks the signal by sqrt(3) a layer, and a posterior std of 1 lets nothing
+    pass.
     """
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -89,9 +90,7 @@ def train(pictures: Pictures, folder: Path, *, minutes: float, start: Path | Non
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)
     ema = Ema(vae)
-    run = Run(
-        folder / "vae.pt", minutes, {"vae": vae, "ema": ema}, optimizer, generator=generator
-    )
+    run = Run(folder / "vae.pt", minutes, {"vae": vae, "ema": ema}, optimizer, generator=generator)
     for _ in run:
         x = pictures.pixels(pictures.sample(8, generator))
         posterior = vae.encode(x).latent_dist

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops, one file each: schema, check, reference, fake kernel, public wrapper, examples."""
 
-from zo_kernels import _native
 from zo_kernels._registry import use_backend
 from zo_kernels.ops.add_noise import add_noise_
 from zo_kernels.ops.qconv2d import qconv2d
 from zo_kernels.ops.qlinear import qlinear
-
-_native.load_ops()
 
 __all__ = ["add_noise_", "qconv2d", "qlinear", "use_backend"]
