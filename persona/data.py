@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from persona.errors import UserError
@@ -57,9 +57,8 @@ def load_folder(
 def _read(path: Path, resolution: int, center_crop: bool) -> Image.Image:
     try:
         with Image.open(path) as file:
-            file.load()
-            picture = file.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(
             f"train_data_dir: pictures must be readable, got {path} ({error}); replace or remove it"
         ) from error

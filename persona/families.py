@@ -35,7 +35,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffu
             )
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            model, dtype=dtype, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]

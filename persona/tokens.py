@@ -25,9 +25,16 @@ def add_placeholder(tokenizer: Any, token: str, num_vectors: int) -> list[int]:
     """Add the token to ``tokenizer``; returns its ids, one a vector.
 
     Raises:
-        UserError: the tokenizer knows one of the names already.
+        UserError: the token is not one word, the tokenizer knows one of the names already, or a
+            prompt cannot hold so many.
     """
     names = placeholder_names(token, num_vectors)
+    most = tokenizer.model_max_length - 2  # a prompt less its two ends
+    if num_vectors > most:
+        raise UserError(
+            f"num_vectors: must be at most {most}, the length of the model's prompts, got "
+            f"{num_vectors}; use fewer"
+        )
     if not token or token != token.strip() or any(c.isspace() for c in token):
         raise UserError(
             f"placeholder_token: must be one word without spaces, got {token!r}; try <my-dog>"

@@ -42,7 +42,8 @@ Dtype dtype_of(const Tensor& t) {
 bool lies_in_its_storage(const Tensor& t) {
   int64_t bytes = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
-  return t.numel() <= bytes / static_cast<int64_t>(t.element_size()) - t.storage_offset();
+  return t.numel() == 0 ||
+         t.numel() <= bytes / static_cast<int64_t>(t.element_size()) - t.storage_offset();
 }
 
 bool is_fp32_of(const Tensor& t, size_t count) {

@@ -169,7 +169,7 @@ class TextualInversion:
             x_t.to(device).repeat(count, 1, 1, 1), t.to(device).repeat(count), hidden
         )
         error = (predicted - target.to(device).repeat(count, 1, 1, 1)).square()
-        return error.view(count, -1).mean(1).cpu()
+        return error.reshape(count, -1).mean(1).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a bit-identical resume needs: a few vectors."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from benchmarks.base_model import Case, seen_cases, unseen_cases
+from benchmarks.base_model import seen_cases, unseen_cases
 from persona import encoders
 from persona.bridge import Bridge, Ridge, StyleClassifier, load_scorers, ranks, save_scorers
 from persona.encoders import EfficientNetLite2, MiniLM, TransformersImage, TransformersText
@@ -71,11 +71,11 @@ def minilm():
 def test_lite2_gives_the_same_for_arrays_and_pictures_and_prints_nothing(lite2, capfd):
     images = pictures(3)
     features = lite2.encode(images)
-    assert features.shape == (3, 1408) and features.dtype == torch.float32
+    assert features.shape == (3, 1280) and features.dtype == torch.float32
     arrays = np.stack([np.asarray(image) for image in images])
     torch.testing.assert_close(lite2.encode(arrays), features)
     assert capfd.readouterr().out == ""
-    assert lite2.encode([]).shape == (0, 1408)
+    assert lite2.encode([]).shape == (0, 1280)
     assert not features.is_inference()
 
 
@@ -378,18 +378,28 @@ def test_the_shipped_scorers_load_and_score(lite2, minilm):
 
 def test_benchmark_cases_are_distinct_and_seen_or_unseen(data):
     _, images, records = data
-    tile = {"style": "pixel tile", "variant": False, "file": "t", "keywords": ["colour ab"]}
+    taught_as_tiles = sorted({r["caption"] for r in records} - {"colour ac"})
+    tile = {"style": "pixel tile", "variant": False, "file": "t", "keywords": taught_as_tiles}
     records = [*records, *({**tile, "caption": f"tile {c}"} for c in "abcdefgh")]
     images = np.concatenate([images, images[:8]])
-    unseen = unseen_cases(records, "", 20, seed=0)
-    pairs = {(r["caption"], r["style"]) for r in records}
-    assert len({case.caption for case in unseen}) == 20
+    pairs_in_order = [(r["caption"], r["style"]) for r in records]
+    pairs = set(pairs_in_order)
+
+    seen = seen_cases(images[:120], records[:120], "", 3, seed=0)
+    assert len({case.caption for case in seen}) == 3
+    assert {(case.caption, case.style) for case in seen} <= pairs
+    for case in seen:
+        index = pairs_in_order.index((case.caption, case.style))
+        assert np.array_equal(np.asarray(case.picture), images[index])
+
+    unseen = unseen_cases(records, "", 5, seed=0)
+    assert len({case.caption for case in unseen}) == 5
     assert not pairs & {(case.caption, case.style) for case in unseen}
-    # A keyword is taught too.
-    assert Case("colour ab", "pixel tile") not in unseen_cases(records, "", 8, seed=0)
+    # A keyword is taught as well: one colour is left that no tile was ever called.
+    assert [case.caption for case in unseen if case.style == "pixel tile"] == ["colour ac"]
     for case in unseen:
         assert case.picture is None
-        assert case.caption.startswith("tile") == (case.style.endswith("emoji"))
+        assert case.caption.startswith("tile") == case.style.endswith("emoji")
 
 
 def test_benchmark_asks_for_fewer_pictures_than_there_are_captions(data):

@@ -99,7 +99,7 @@ class QuantModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {"qweight": self.qweight, "scale": self.scale}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=kept["scale"].device)).dtype
         for name, before in kept.items():
             after = getattr(self, name)

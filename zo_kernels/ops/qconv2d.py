@@ -2,7 +2,7 @@
 """`qconv2d`: y[b, n] = scale[n] * sum_c x[b, c] (*) (qweight[n, c] - zero_point[n]) + bias[n],
 where (*) is `torch.nn.functional.conv2d`'s cross-correlation with zero padding.
 
-Reference: optimum-quanto's weight-only int8 convolution (the stack of ZOODiP, arXiv 2502.14868),
+Reference: optimum-quanto's weight-only int8 convolution (the stack of ZOODiP, arXiv 2503.14868),
 with the scale behind the product.
 """
 
@@ -130,7 +130,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         scaled = (grad * _column(scale)).to(ctx.dtype)  # [B, N, H', W']
         weight = codes(qweight, zero_point, ctx.dtype)
-        grad_x = conv2d_input(ctx.shape, weight, scaled, *ctx.geometry)  # type: ignore[no-untyped-call]
+        grad_x = conv2d_input(ctx.shape, weight, scaled, *ctx.geometry)
         grad_x = grad_x.to(grad.dtype)
     if ctx.bias_needs_grad:
         grad_bias = grad.sum((0, 2, 3))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qlinear`: y[m, n] = scale[n] * sum_k x[m, k] * (qweight[n, k] - zero_point[n]) + bias[n].
 
-Reference: optimum-quanto's weight-only int8 linear (the stack of ZOODiP, arXiv 2502.14868), with
+Reference: optimum-quanto's weight-only int8 linear (the stack of ZOODiP, arXiv 2503.14868), with
 the scale behind the product.
 """
 
