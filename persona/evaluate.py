@@ -17,7 +17,7 @@ from torch import Tensor
 from persona.bridge import Bridge, StyleClassifier, load_scorers, ranks
 from persona.encoders import EfficientNetLite2, ImageEncoder, MiniLM, Pictures, TextEncoder
 from persona.errors import UserError
-from persona.fit_scorers import fit
+from persona.fit_scorers import MOST_PICTURES, fit
 from persona.report import table
 
 DEFAULT_SCORERS = Path(str(files("persona"))) / "assets" / "scorers" / "lite2-minilm.safetensors"
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser.add_subparsers(required=True).add_parser("fit", help="fit bridge and styles")
     command.add_argument("--data", type=Path, required=True, help="holds train.npz and train.jsonl")
     command.add_argument("--out", type=Path, default=DEFAULT_SCORERS)
-    command.add_argument("--pictures", type=int, default=4000, help="at most 7000")
+    command.add_argument("--pictures", type=int, default=MOST_PICTURES)
     command.add_argument("--size", type=int, default=128, help="pixels a side, network input")
     command.add_argument("--cache", type=Path, help="file that keeps picture features between runs")
     given = parser.parse_args(arguments)

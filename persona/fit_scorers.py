@@ -89,7 +89,7 @@ def fit(
     image_encoder: ImageEncoder,
     text_encoder: TextEncoder,
     *,
-    pictures: int = 4000,
+    pictures: int = MOST_PICTURES,
     cache: Path | None = None,
     note: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def fit(
     """
     if not 20 <= pictures <= MOST_PICTURES:
         raise UserError(
-            f"fit: pictures must be from 20 to {MOST_PICTURES}, got {pictures}; the default is 4000"
+            f"fit: pictures must be from 20 to {MOST_PICTURES}, got {pictures}; "
+            "the default is the most"
         )
     images, records = read_captioned(data)
     make_folder(out.parent)

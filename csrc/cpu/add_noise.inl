@@ -55,7 +55,8 @@ inline F radius(U word) {
   const U bits = V::bits(V::from_u32(V::bit_or(word, V::set(1u))));
   const U offset = V::sub(bits, V::set(BoxMuller::kSqrtHalfBits + BoxMuller::kExponent32));
   const F exponent = V::from_i32(V::template shift_right_signed<23>(offset));
-  const U mantissa = V::add(V::bit_and(offset, V::set(0x7FFFFFu)), V::set(uint32_t{BoxMuller::kSqrtHalfBits}));
+  const U fraction = V::bit_and(offset, V::set(0x7FFFFFu));
+  const U mantissa = V::add(fraction, V::set(uint32_t{BoxMuller::kSqrtHalfBits}));
   const F t = V::add(V::floats(mantissa), V::set(-1.0f));
   return V::sqrt(V::add(V::mul(exponent, V::set(float{BoxMuller::kMinus2Ln2})),
                         V::mul(t, horner(t, BoxMuller::kLog))));
@@ -133,7 +134,8 @@ inline void sign_group(typename D::T* p, uint32_t block, const NoiseTerms& t) {
   for (int v = 0; v < kVectors; ++v) D::store(p + v * W, acc[v]);
 }
 
-template <class D, int64_t kGroup, int64_t kBlocks, void (*kernel)(typename D::T*, uint32_t, const NoiseTerms&)>
+template <class D, int64_t kGroup, int64_t kBlocks,
+          void (*kernel)(typename D::T*, uint32_t, const NoiseTerms&)>
 inline void each_group(typename D::T* p, int64_t first, int64_t n, const NoiseTerms& t) {
   const auto block = [&](int64_t i) { return static_cast<uint32_t>((first + i) / kGroup * kBlocks); };
   int64_t i = 0;

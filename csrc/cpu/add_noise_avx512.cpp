@@ -30,8 +30,8 @@ struct V {
   static void mulhilo(U a, uint32_t m, U& hi, U& lo) {
     const U even = _mm512_mul_epu32(a, set(m));                        // lanes 0, 2, ...
     const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set(m));  // lanes 1, 3, ...
-    hi = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-    lo = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+    hi = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);  // high words, interleaved
+    lo = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);  // low words
   }
   static F from_u32(U a) { return _mm512_cvtepu32_ps(a); }
   static F from_i32(U a) { return _mm512_cvtepi32_ps(a); }

@@ -55,8 +55,9 @@ bool is_fp32_of(const Tensor& t, size_t count) {
 
 void add_noise_(std::vector<Tensor> params, std::vector<int64_t> streams, int64_t seed,
                 std::vector<int64_t> draws, Tensor scales, Tensor decay, std::string kind) {
-  STD_TORCH_CHECK(streams.size() == params.size(), "add_noise_: streams must hold one id per parameter, got ",
-                  streams.size(), " for ", params.size(), "; number the parameters");
+  STD_TORCH_CHECK(streams.size() == params.size(),
+                  "add_noise_: streams must hold one id per parameter, got ", streams.size(), " for ",
+                  params.size(), "; number the parameters");
   STD_TORCH_CHECK(is_fp32_of(scales, draws.size()) && is_fp32_of(decay, 1),
                   "add_noise_: scales and decay must be contiguous float32 on the CPU, one scale a draw and one ",
                   "decay, got others; call zo_kernels.ops.add_noise_");

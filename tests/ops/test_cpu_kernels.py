@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels: every instruction set equals scalar, rounding is torch's, bad calls are refused."""
+"""The C++ kernels: every instruction set equals scalar, rounding is torch's, misuse is refused."""
 
 import os
 import subprocess
@@ -148,10 +148,10 @@ def test_the_isa_in_use():
         assert C.cpu_isa() == isa
     C.set_isa("auto")
     assert C.cpu_isa() == ISAS[-1]
-    with pytest.raises(ValueError, match="set_isa: name must be one of auto scalar.*got 'mmx'"):
+    with pytest.raises(ValueError, match=r"set_isa: name must be one of auto scalar.*got 'mmx'"):
         C.set_isa("mmx")
     for isa in {"avx2", "avx512"} - set(ISAS):
-        with pytest.raises(ValueError, match=f"got {isa}, for which it lacks .*; choose another"):
+        with pytest.raises(ValueError, match=rf"got {isa}, for which it lacks .*; choose another"):
             C.set_isa(isa)
     assert C.cpu_isa() == ISAS[-1]
 
