@@ -31,11 +31,14 @@ RECIPE: dict[str, Any] = {
     "placeholder_token": TOKEN,
     "initializer_token": "lamp",
     "train_batch_size": 4,
-    "zo_n": 4,
-    "zo_eps": 1e-2,
-    "learning_rate": 1e-2,
+    "zo_n": 15,
+    "zo_eps": 2e-2,
+    "learning_rate": 6e-3,
     "adam_epsilon": 1e-8,
+    "min_timestep": 400,
+    "max_timestep": 1000,
     "guidance_scale": 3.0,
+    "num_inference_steps": 15,
 }
 
 
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m persona.demo", description=__doc__)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"))
-    parser.add_argument("--max_train_steps", type=int, default=400)
+    parser.add_argument("--max_train_steps", type=int, default=160)
     args = parser.parse_args(argv)
     try:
         make_folder(args.output_dir)

@@ -24,7 +24,6 @@ from persona.files import make_folder, write_image, write_json
 from persona.memory import human, peak_bytes
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
-from persona.tokens import expand
 from zo_kernels.quant import QuantConfig
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -204,8 +203,8 @@ def _check_window(config: TextualInversionConfig, family: StableDiffusion) -> No
 def _validation_prompts(config: TextualInversionConfig, prompts: list[str] | None) -> list[str]:
     if prompts is None:
         prompts = [config.validation_prompt or "a photo of a {}"] * config.num_validation_images
-    word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
-    return [p.replace("{}", word) for p in prompts]
+    # The pipeline itself writes a token of several vectors out.
+    return [p.replace("{}", config.placeholder_token) for p in prompts]
 
 
 def _pictures(

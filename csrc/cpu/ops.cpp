@@ -59,8 +59,8 @@ void add_noise_(std::vector<Tensor> params, std::vector<int64_t> streams, int64_
                   "add_noise_: streams must hold one id per parameter, got ", streams.size(), " for ",
                   params.size(), "; number the parameters");
   STD_TORCH_CHECK(is_fp32_of(scales, draws.size()) && is_fp32_of(decay, 1),
-                  "add_noise_: scales and decay must be contiguous float32 on the CPU, one scale a draw and one ",
-                  "decay, got others; call zo_kernels.ops.add_noise_");
+                  "add_noise_: scales and decay must be contiguous float32 on the CPU, one scale a draw and "
+                  "one decay, got others; call zo_kernels.ops.add_noise_");
   STD_TORCH_CHECK(kind == "normal" || kind == "rademacher",
                   "add_noise_: kind must be normal or rademacher, got ", kind, "; choose one of them");
   const Kind which = kind == "normal" ? Kind::normal : Kind::rademacher;

@@ -29,7 +29,10 @@ from zo_kernels.quant import QuantConfig
 WIDTH = 32  # of the text features
 LENGTH = 20  # tokens of a prompt
 EOS = "<|endoftext|>"
-SCHEDULERS = {"epsilon": DDIMScheduler, "v_prediction": DPMSolverMultistepScheduler}
+SCHEDULERS = {
+    "epsilon": (DDIMScheduler, {"clip_sample": False}),
+    "v_prediction": (DPMSolverMultistepScheduler, {}),
+}
 
 
 def make_tokenizer():
@@ -55,6 +58,7 @@ def make_tokenizer():
 
 def make_pipeline(prediction_type):
     tokenizer = make_tokenizer()
+    scheduler, options = SCHEDULERS[prediction_type]
     blocks = 4  # the VAE halves the picture between two of them: factor 8
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -93,7 +97,7 @@ def make_pipeline(prediction_type):
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=SCHEDULERS[prediction_type](prediction_type=prediction_type, steps_offset=1),
+        scheduler=scheduler(prediction_type=prediction_type, steps_offset=1, **options),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
