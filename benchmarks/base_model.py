@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(given.out, figures)
         write_image(given.out.with_suffix(".png"), sheet)
     except UserError as error:
-        print(f"base_model: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(report(figures))
     print(f"\n{given.out} and {given.out.with_suffix('.png')}: on each row first the seen pairs.")
