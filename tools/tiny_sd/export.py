@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 4: the model folder in diffusers' own format, fp16 safetensors."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -45,6 +46,7 @@ def write(
     new = out.with_name(out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     pipe.save_pretrained(new, safe_serialization=True)
+    _load_as_fp32(new / "text_encoder" / "config.json")
     tokenizer.backend_tokenizer.model.save(str(new / "tokenizer"))  # vocab.json, merges.txt
     size = sum(f.stat().st_size for f in new.rglob("*.safetensors"))
     if size > MAX_BYTES:
@@ -59,3 +61,9 @@ def write(
         os.replace(out, old)
     os.replace(new, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _load_as_fp32(config: Path) -> None:
+    """transformers loads in the dtype that the config names, diffusers in fp32: let them agree."""
+    facts = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ def run_unet(args: argparse.Namespace, pictures: Pictures) -> None:
         pictures,
         torch.load(args.work / "latents.pt", weights_only=True),
         CLIPTokenizer.from_pretrained(args.work / "tokenizer"),
-        CLIPTextModel.from_pretrained(args.work / "text_encoder"),
+        CLIPTextModel.from_pretrained(args.work / "text_encoder", dtype=torch.float32),
         args.work,
         minutes=args.unet_minutes,
         start=_start(args),
