@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <array>
 
-#include "cpu/add_noise.h"
 #include "cpu/isa.h"
+#include "cpu/update.h"
 
 namespace py = pybind11;
 
@@ -27,19 +27,19 @@ uint64_t word64(const py::int_& value) {
 }
 
 // z from any offset on: the kernels start at a multiple of kChunkAlignment, so the head goes by a buffer.
-void fill(float* out, int64_t offset, int64_t n, const zo::cpu::NoiseTerms& terms) {
+void fill(float* out, int64_t offset, int64_t n, uint32_t stream, const zo::cpu::Call& call) {
   constexpr float kNothing = -0.0f;  // -0 + z has the bits of z, also where z is a zero
   const int64_t skip = offset % zo::cpu::kChunkAlignment;
   if (skip != 0) {
     float head[zo::cpu::kChunkAlignment];
     const int64_t taken = std::min(zo::cpu::kChunkAlignment - skip, n);
     std::fill_n(head, skip + taken, kNothing);
-    zo::cpu::add_noise(head, zo::cpu::Dtype::f32, offset - skip, skip + taken, terms);
+    zo::cpu::update({head, zo::cpu::Dtype::f32, stream, 0.0f, offset - skip, skip + taken, {}}, call);
     std::copy_n(head + skip, taken, out);
     out += taken, offset += taken, n -= taken;
   }
   std::fill_n(out, n, kNothing);
-  zo::cpu::add_noise(out, zo::cpu::Dtype::f32, offset, n, terms);
+  zo::cpu::update({out, zo::cpu::Dtype::f32, stream, 0.0f, offset, n, {}}, call);
 }
 
 void noise_into(py::array_t<float, py::array::c_style>& out, const py::int_& seed, const py::int_& draw,
@@ -59,8 +59,9 @@ void noise_into(py::array_t<float, py::array::c_style>& out, const py::int_& see
   float* data = out.mutable_data();
   const int64_t size = out.size();
   const uint64_t key = word64(seed);
+  const zo::cpu::Call call{zo::cpu::Op::add_noise, key, which, 1, &one_draw, &one, &one, false, false, 0};
   py::gil_scoped_release release;
-  fill(data, offset, size, {key, static_cast<uint32_t>(stream), which, 1.0f, 1, &one_draw, &one});
+  fill(data, offset, size, static_cast<uint32_t>(stream), call);
 }
 
 }  // namespace

@@ -5,4 +5,8 @@
 
 #include "cpu/ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(zo_kernels, CPU, m) { m.impl("add_noise_", TORCH_BOX(&zo::cpu::add_noise_)); }
+STABLE_TORCH_LIBRARY_IMPL(zo_kernels, CPU, m) {
+  m.impl("add_noise_", TORCH_BOX(&zo::cpu::add_noise_));
+  m.impl("zo_adam_", TORCH_BOX(&zo::cpu::zo_adam_));
+  m.impl("zo_sgd_", TORCH_BOX(&zo::cpu::zo_sgd_));
+}

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's state in one small safetensors file: kilobytes, whole or not at all, exact."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from persona.errors import UserError
 from persona.files import write_tensors
 
-FORMAT = "persona-checkpoint-1"
+FORMAT = "persona-checkpoint-2"
 
 
 def save(path: Path, tensors: dict[str, Tensor], step: int, recipe: dict[str, Any]) -> None:
     """Write ``tensors``, the number of finished steps, and the options that a resume must share."""
-    header = {"format": FORMAT, "step": str(step), "recipe": json.dumps(recipe, sort_keys=True)}
-    write_tensors(path, tensors, header)
+    header = {"step": str(step), "recipe": json.dumps(recipe, sort_keys=True)}
+    digest = _digest(tensors, header)
+    write_tensors(path, tensors, header | {"format": FORMAT, "sha256": digest})
 
 
 def load(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
@@ -38,12 +41,17 @@ def load(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"resume_from_checkpoint: must be a readable checkpoint, got {path} "
-            f"({error}); start anew"
+            f"({error}); start without --resume"
         ) from error
-    if header.get("format") != FORMAT:
+    if header.pop("format", None) != FORMAT:
         raise UserError(
-            f"resume_from_checkpoint: must be of format {FORMAT}, got {header.get('format')!r} in "
-            f"{path}; start anew"
+            f"resume_from_checkpoint: must be a checkpoint of format {FORMAT}, got another file "
+            f"at {path}; start without --resume"
+        )
+    if header.pop("sha256", None) != _digest(tensors, header):
+        raise UserError(
+            f"resume_from_checkpoint: must be as it was written, got {path} with other content "
+            "than its checksum says; start without --resume"
         )
     theirs = json.loads(header["recipe"])
     changed = sorted(k for k in recipe.keys() | theirs.keys() if recipe.get(k) != theirs.get(k))
@@ -54,3 +62,8 @@ def load(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
             f"{recipe.get(name)!r}; use the same options or another --output_dir"
         )
     return tensors, int(header["step"])
+
+
+def _digest(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    text = json.dumps(header, sort_keys=True).encode()
+    return hashlib.sha256(save_tensors(tensors) + text).hexdigest()

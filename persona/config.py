@@ -79,10 +79,20 @@ class TextualInversionConfig:
         for name, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
             if not 0 <= value < 1:
                 raise UserError(f"{name}: must be in [0, 1), got {value}; 0.9 and 0.999 are usual")
+        if not self.zo_nu < 1:
+            raise UserError(f"zo_nu: must be below 1, got {self.zo_nu}; the paper's is 1e-3")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed: must fit into 64 bits, got {self.seed}; take a smaller one")
         if not 0 <= self.min_timestep < self.max_timestep:
             raise UserError(
                 f"max_timestep: must be above min_timestep ({self.min_timestep}), got "
                 f"{self.max_timestep}; the paper's window is 500 to 900"
+            )
+        shown = self.validation_prompt
+        if shown and "{}" not in shown and self.placeholder_token not in shown:
+            raise UserError(
+                f"validation_prompt: must hold {{}} where the token goes, got {shown!r}; write for "
+                "example 'a photo of {} on a sofa'"
             )
         for item in dataclasses.fields(self):
             choices = item.metadata["choices"]
@@ -128,10 +138,15 @@ _MAY_CHANGE = {
 }
 
 
+def flags(item: dataclasses.Field) -> list[str]:
+    """``["--max_train_steps"]``: the flag of a field, then other tools' names for it."""
+    return [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+
+
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     """One flag a field of the dataclass ``config``; other tools' names for it are accepted too."""
     for item in dataclasses.fields(config):
-        names = [f"--{name}" for name in (item.name, *item.metadata["aliases"])]
+        names = flags(item)
         text = f"{item.metadata['help']} (default: {item.default!r})"
         if item.type is bool:
             parser.add_argument(*names, action="store_true", help=text)

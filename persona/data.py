@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from persona.errors import UserError
@@ -58,7 +58,7 @@ def _read(path: Path, resolution: int, center_crop: bool) -> Image.Image:
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise UserError(
             f"train_data_dir: pictures must be readable, got {path} ({error}); replace or remove it"
         ) from error
@@ -81,7 +81,13 @@ def _prompts(path: Path, learnable_property: str) -> tuple[str, ...]:
     sidecar = path.with_suffix(".txt")
     if not sidecar.exists():
         return TEMPLATES[learnable_property]
-    caption = sidecar.read_text(encoding="utf-8").strip()
+    try:
+        caption = sidecar.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"train_data_dir: captions must be readable as UTF-8, got {sidecar} ({error}); save it "
+            "anew as UTF-8 or remove it"
+        ) from error
     if "{}" not in caption:
         raise UserError(
             f"train_data_dir: captions must hold {{}} where the token goes, got {caption!r} in "

@@ -123,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"persona.demo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("persona.demo: stopped", file=sys.stderr)
+        return 130
     print(f"\n{summary(runs, scorer.names)}\npictures: {sheet}")
     return 0
 

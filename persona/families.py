@@ -4,16 +4,20 @@
 So far: Stable Diffusion 1.x and 2.x.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from persona.errors import UserError
+from persona.quiet import errors_only, no_bars
 from zo_kernels.quant import QuantConfig, QuantReport, quantize_
+
+with errors_only():
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
@@ -34,11 +38,12 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffu
                 "copy the whole folder"
             )
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            model, dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        with no_bars() if folder.exists() else nullcontext():  # a download takes long: shown
+            pipe = StableDiffusionPipeline.from_pretrained(
+                model, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
+    except Exception as error:  # of many kinds, from three libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             "pretrained_model_name_or_path: must name a Stable Diffusion model in diffusers' "
             f"format, got {model} ({reason}); check the folder or the network"

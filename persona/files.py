@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing results so that a reader never meets half a file."""
 
+import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from persona.errors import UserError
+from zo_kernels._files import atomic_write
 
 
 def make_folder(folder: Path) -> None:
@@ -32,33 +33,47 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary file beside ``path``, then rename it over ``path``.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole, with the rights that the umask gives.
 
     Raises:
         UserError: the disk is full or refuses; the old file, if any, is untouched and no temporary
             file is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"output_dir: {path} must be writable to the end, got {reason}; free some space or "
-            "choose another --output_dir; what was there before is untouched"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add ``text`` to the end of a file.
+
+    Raises:
+        UserError: the disk is full or refuses; the file ends where it ended before.
+    """
+    end = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(text.encode())
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, end)
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"output_dir: {path} must be writable to the end, got {error.strerror}; free some space "
+        "or choose another --output_dir; what was there before is untouched"
+    )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, whole or not at all."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomic(path, lambda p: save_file(contiguous, p, metadata=metadata))
+    write_bytes(path, save(contiguous, metadata=metadata))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,11 +81,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
+    write_bytes(path, text.encode())
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    write_atomic(path, lambda p: image.save(p, format="PNG"))
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    write_bytes(path, content.getvalue())

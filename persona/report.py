@@ -3,12 +3,13 @@
 
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from persona.files import write_text
+from persona.files import append_text, write_text
 
 
 class MetricsLog:
@@ -22,16 +23,18 @@ class MetricsLog:
     def __init__(self, path: Path, keep_below: int) -> None:
         kept = [line for line in _lines(path) if line["step"] < keep_below]
         write_text(path, "".join(json.dumps(x) + "\n" for x in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._path = path
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        """Add a line; numbers that are not finite, which JSON does not have, become null.
 
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        Raises:
+            UserError: the disk is full or refuses; the lines so far stay whole.
+        """
+        known = {
+            k: None if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()
+        }
+        append_text(self._path, json.dumps(known) + "\n")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

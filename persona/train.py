@@ -2,6 +2,7 @@
 """A whole textual-inversion run: model in, files out."""
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -39,13 +40,14 @@ class Result:
     embedding: Path
     steps: int
     forwards: int
+    rejected: int
     seconds: float
     peak_bytes: int
     before: list[Image.Image]
     after: list[Image.Image]
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C: the checkpoint is written; ``step`` steps are finished."""
 
     def __init__(self, path: Path, step: int) -> None:
@@ -82,7 +84,7 @@ def textual_inversion(
     state = checkpoint.load(saved, config.recipe()) if config.resume_from_checkpoint else None
 
     family = StableDiffusion(load_pipeline(config.pretrained_model_name_or_path))
-    _check_window(config, family)
+    _check_model(config, family)
     if config.base_precision == "int8":
         family.quantize(QuantConfig())
     examples = load_folder(
@@ -120,6 +122,7 @@ def textual_inversion(
         embedding=embedding,
         steps=method.steps,
         forwards=method.steps * method.estimator.evaluations,
+        rejected=method.rejected,
         seconds=seconds,
         peak_bytes=peak_bytes(family.device),
         before=before,
@@ -133,41 +136,36 @@ def _train(
     metrics = MetricsLog(config.output / "metrics.jsonl", keep_below=method.steps + 1)
 
     def save() -> None:
-        metrics.flush()
         checkpoint.save(saved, method.state_dict(), method.steps, config.recipe())
 
     bar = tqdm(
         total=config.max_train_steps, initial=method.steps, desc="Steps", disable=not progress
     )
-    smooth = None
-    try:
-        with bar, _deferred_interrupt() as interrupted:
-            for step in method.run():
-                smooth = (
-                    step.loss
-                    if smooth is None
-                    else SMOOTHING * smooth + (1 - SMOOTHING) * step.loss
-                )
-                memory = peak_bytes(method.family.device)
-                metrics.write(
-                    step=step.step,
-                    loss=step.loss,
-                    lr=config.learning_rate,
-                    forwards=step.forwards,
-                    peak_bytes=memory,
-                )
-                bar.set_postfix(
-                    loss=f"{smooth:.4f}", lr=config.learning_rate, mem=human(memory), refresh=False
-                )
-                bar.update()
-                if step.step % config.checkpointing_steps == 0:
-                    save()
-                if interrupted():
-                    save()
-                    raise Interrupted(saved, step.step)
-        save()
-    finally:
-        metrics.close()
+    smooth = math.nan
+    with bar, _deferred_interrupt() as interrupted:
+        for step in method.run():
+            if math.isfinite(step.loss):
+                last = step.loss if math.isnan(smooth) else smooth
+                smooth = SMOOTHING * last + (1 - SMOOTHING) * step.loss
+            memory = peak_bytes(method.family.device)
+            metrics.write(
+                step=step.step,
+                loss=step.loss,
+                lr=config.learning_rate,
+                forwards=step.forwards,
+                rejected=step.rejected,
+                peak_bytes=memory,
+            )
+            bar.set_postfix(
+                loss=f"{smooth:.4f}", lr=config.learning_rate, mem=human(memory), refresh=False
+            )
+            bar.update()
+            if step.step % config.checkpointing_steps == 0:
+                save()
+            if interrupted():
+                save()
+                raise Interrupted(saved, step.step)
+    save()
 
 
 @contextmanager
@@ -191,7 +189,13 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _check_window(config: TextualInversionConfig, family: StableDiffusion) -> None:
+def _check_model(config: TextualInversionConfig, family: StableDiffusion) -> None:
+    factor = family.pipe.vae_scale_factor
+    if config.resolution % factor:
+        raise UserError(
+            f"resolution: must be a multiple of the model's {factor} pixels, got "
+            f"{config.resolution}; 0 takes the model's own {family.resolution}"
+        )
     limit = len(family.abar)
     if config.max_timestep > limit:
         raise UserError(
@@ -233,6 +237,7 @@ def _metadata(config: TextualInversionConfig, method: TextualInversion) -> dict[
         "ss_num_train_images": str(len(method.ids)),
         "persona.method": "zoodip",
         "persona.base_precision": config.base_precision,
+        "persona.rejected": str(method.rejected),
         "persona.forwards": str(method.steps * method.estimator.evaluations),
         "persona.version": zo_kernels.__version__,
     }

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # A module may import what stands in a later row, and its own row.
 LAYERS = (
     ("persona",),
-    ("zo_kernels.testing", "zo_kernels.info"),
+    ("zo_kernels.testing", "zo_kernels.info", "zo_kernels.replay"),
     (
         "zo_kernels.optim",
         "zo_kernels.nn",
@@ -27,8 +27,10 @@ LAYERS = (
     ("zo_kernels.ops",),
     ("zo_kernels._registry",),
     ("zo_kernels.kernels",),
+    ("zo_kernels.updates_numpy",),
+    ("zo_kernels._arithmetic",),
     ("zo_kernels.rng", "zo_kernels._native"),
-    ("zo_kernels._env", "zo_kernels._C"),
+    ("zo_kernels._env", "zo_kernels._C", "zo_kernels._xp"),
     ("zo_kernels",),
 )
 FILES = sorted([*(ROOT / "persona").rglob("*.py"), *PACKAGE.rglob("*.py")])

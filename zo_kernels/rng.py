@@ -10,10 +10,15 @@ thread count, the dtype, the device, or the order of the parameters.
 | `normal`     | 16 * (i // 64) + i % 16 | output i // 16 % 4; by Box-Muller words (0, 1) make   |
 |              |                         | outputs 0 and 1, words (2, 3) outputs 2 and 3         |
 | `rademacher` | i // 128                | bit i % 32 of word i // 32 % 4: 0 is +1, 1 is -1      |
+| `rounding`   | 16 * (i // 128) +       | the low half of word i // 16 % 4 where i // 64 % 2 is |
+|              | i % 16                  | 0, else the high half: an integer in [0, 2^16)        |
 
-So 16 consecutive blocks fill 64 consecutive normals and SIMD lanes never have to be interleaved.
-The largest normal is 6.66 in magnitude. A stream ends where the 32-bit block counter does, at
-2^34 normals or 2^39 signs.
+So 16 consecutive blocks fill 64 consecutive normals, or 128 random roundings, and SIMD lanes never
+have to be interleaved. The largest normal is 6.66 in magnitude. A stream ends where the 32-bit
+block counter does, at 2^34 normals, 2^35 roundings or 2^39 signs.
+
+The kinds read the same words. So a draw serves one purpose in a run: who rounds at random takes the
+draw for it from the same counter as those of the noise, or the rounding would follow the noise.
 
 Every step below is an integer operation, or one correctly rounded fp32 multiplication, addition or
 square root in this order, never contracted to fma. That is what makes the bits portable; the C++
@@ -29,13 +34,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zo_kernels._xp import Numpy as _Numpy
+from zo_kernels._xp import torch_ as _torch
+
 if TYPE_CHECKING:
     import torch
 
 KINDS = ("normal", "rademacher")
-GROUP = {"normal": 64, "rademacher": 128}  # elements that a whole number of blocks fills
-BLOCKS_PER_GROUP = {"normal": 16, "rademacher": 1}
-MAX_ELEMENTS = {"normal": 2**34, "rademacher": 2**39}
+ROUNDING = "rounding"
+# Elements that a whole number of blocks fills.
+GROUP = {"normal": 64, "rademacher": 128, ROUNDING: 128}
+BLOCKS_PER_GROUP = {"normal": 16, "rademacher": 1, ROUNDING: 16}
+MAX_ELEMENTS = {"normal": 2**34, "rademacher": 2**39, ROUNDING: 2**35}
 CHUNK = 2**18  # elements at a time: scratch of a few MB, whatever the size of the parameter
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -60,44 +70,6 @@ SIN = (0.7853981852531433, -0.08074543625116348, 0.00249000103212893, -3.5950452
 COS = (1.0, -0.3084242641925812, 0.015849914401769638, -0.0003188805130776018)
 SQRT_HALF_BITS = 0x3F3504F3
 EXPONENT_32 = 32 << 23
-
-
-class _Numpy:
-    """What torch and numpy spell differently."""
-
-    int64, int32, float32 = np.int64, np.int32, np.float32
-    where, sqrt = np.where, np.sqrt
-
-    @staticmethod
-    def cast(x: Any, dtype: Any) -> Any:
-        return x.astype(dtype)
-
-    @staticmethod
-    def stack(xs: Sequence[Any]) -> Any:
-        return np.stack(xs, axis=1)
-
-
-def _torch() -> Any:
-    import torch
-
-    class Torch:
-        int64, int32, float32, where = torch.int64, torch.int32, torch.float32, torch.where
-
-        @staticmethod
-        def cast(x: Any, dtype: Any) -> Any:
-            return x.to(dtype)
-
-        @staticmethod
-        def stack(xs: Sequence[Any]) -> Any:
-            return torch.stack(list(xs), dim=1)
-
-        @staticmethod
-        def sqrt(x: Any) -> Any:
-            # torch's fp32 root may come from a vector library that is an ulp off. By way of fp64 it
-            # is correctly rounded: no root of an fp32 number lies that close to a rounding border.
-            return x.double().sqrt().float()
-
-    return Torch
 
 
 def _mulhilo(a: int, b: Any) -> tuple[Any, Any]:
@@ -155,13 +127,16 @@ def _direction(xp: Any, word: Any) -> tuple[Any, Any]:
 
 
 def _groups(xp: Any, group: Any, seed: int, draw: int, stream: int, kind: str) -> Any:
-    """fp32 [groups, elements of a group] for int64 group numbers [groups]."""
+    """[groups, elements of a group], fp32 or int64, for int64 group numbers [groups]."""
     lanes = BLOCKS_PER_GROUP[kind]
     block = xp.stack([group * lanes + lane for lane in range(lanes)])  # [groups, lanes]
     words = philox4x32((block, stream, draw & WORD, (draw >> 32) & WORD), seed)
     if kind == "rademacher":
         bits = xp.stack([(word[:, 0] >> i) & 1 for word in words for i in range(32)])
         return xp.cast(1 - 2 * bits, xp.float32)
+    if kind == ROUNDING:
+        halves = [word & 0xFFFF for word in words] + [word >> 16 for word in words]
+        return xp.stack(halves).reshape(-1, GROUP[kind])
     outputs = []
     for radius_word, angle_word in (words[:2], words[2:]):
         radius = _radius(xp, radius_word)
@@ -170,9 +145,9 @@ def _groups(xp: Any, group: Any, seed: int, draw: int, stream: int, kind: str) -
     return xp.stack(outputs).reshape(-1, GROUP[kind])
 
 
-def _check(count: int, offset: int, stream: int, kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"noise: kind must be one of {KINDS}, got {kind!r}; choose one")
+def _check(count: int, offset: int, stream: int, kind: str, kinds: Sequence[str]) -> None:
+    if kind not in kinds:
+        raise ValueError(f"noise: kind must be one of {kinds}, got {kind!r}; choose one")
     if not 0 <= stream <= WORD:
         raise ValueError(f"noise: stream must be in [0, 2^32), got {stream}; number from 0")
     if count < 0 or offset < 0 or offset + count > MAX_ELEMENTS[kind]:
@@ -189,12 +164,23 @@ def noise_numpy(
 
     Arguments and errors are those of `noise`.
     """
-    _check(n, offset, stream, kind)
-    out = np.empty(n, np.float32)
-    for start, stop, first, last, skip in _chunks(n, offset, kind):
+    _check(n, offset, stream, kind, KINDS)
+    return _fill_numpy(np.empty(n, np.float32), seed, draw, stream, kind, offset)
+
+
+def round_bits_numpy(n: int, *, seed: int, draw: int, stream: int, offset: int = 0) -> np.ndarray:
+    """16 random bits an element, as `round_bits` makes them, by plain numpy: int64 [n]."""
+    _check(n, offset, stream, ROUNDING, (ROUNDING,))
+    return _fill_numpy(np.empty(n, np.int64), seed, draw, stream, ROUNDING, offset)
+
+
+def _fill_numpy(
+    out: np.ndarray, seed: int, draw: int, stream: int, kind: str, offset: int
+) -> np.ndarray:
+    for start, stop, first, last, skip in _chunks(len(out), offset, kind):
         groups = np.arange(first, last, dtype=np.int64)
-        z = _groups(_Numpy, groups, seed, draw, stream, kind).reshape(-1)
-        out[start:stop] = z[skip : skip + stop - start]
+        values = _groups(_Numpy, groups, seed, draw, stream, kind).reshape(-1)
+        out[start:stop] = values[skip : skip + stop - start]
     return out
 
 
@@ -228,15 +214,41 @@ def noise(
     import torch
 
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    n = math.prod(shape)
-    _check(n, offset, stream, kind)
-    xp = _torch()
-    out = torch.empty(n, dtype=torch.float32, device=device)
-    for start, stop, first, last, skip in _chunks(n, offset, kind):
-        groups = torch.arange(first, last, dtype=torch.int64, device=device)
-        z = _groups(xp, groups, seed, draw, stream, kind).reshape(-1)
-        out[start:stop] = z[skip : skip + stop - start]
-    return out.reshape(shape)
+    _check(math.prod(shape), offset, stream, kind, KINDS)
+    out = torch.empty(math.prod(shape), dtype=torch.float32, device=device)
+    return _fill(out, seed, draw, stream, kind, offset).reshape(shape)
+
+
+def round_bits(
+    n: int,
+    *,
+    seed: int,
+    draw: int,
+    stream: int,
+    offset: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """16 random bits for each of n elements, to round them with: int64 [n] in [0, 2^16).
+
+    Arguments and errors are those of `noise`; `draw` must not be one that noise was taken from.
+    """
+    import torch
+
+    _check(n, offset, stream, ROUNDING, (ROUNDING,))
+    out = torch.empty(n, dtype=torch.int64, device=device)
+    return _fill(out, seed, draw, stream, ROUNDING, offset)
+
+
+def _fill(
+    out: torch.Tensor, seed: int, draw: int, stream: int, kind: str, offset: int
+) -> torch.Tensor:
+    import torch
+
+    for start, stop, first, last, skip in _chunks(len(out), offset, kind):
+        groups = torch.arange(first, last, dtype=torch.int64, device=out.device)
+        values = _groups(_torch(), groups, seed, draw, stream, kind).reshape(-1)
+        out[start:stop] = values[skip : skip + stop - start]
+    return out
 
 
 def _chunks(n: int, offset: int, kind: str) -> Iterator[tuple[int, int, int, int, int]]:

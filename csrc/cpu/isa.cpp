@@ -4,7 +4,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "cpu/add_noise.h"
+#include "cpu/update.h"
 
 namespace zo::cpu {
 namespace {
@@ -81,13 +81,13 @@ Isa isa() {
 
 void set_isa(const std::string& name) { chosen.store(static_cast<int>(parse(name))); }
 
-void add_noise(void* p, Dtype dtype, int64_t first, int64_t n, const NoiseTerms& terms) {
+void update(const Piece& piece, const Call& call) {
   switch (isa()) {
 #if defined(ZO_X86)
-    case Isa::avx512: return add_noise_avx512(p, dtype, first, n, terms);
-    case Isa::avx2: return add_noise_avx2(p, dtype, first, n, terms);
+    case Isa::avx512: return update_avx512(piece, call);
+    case Isa::avx2: return update_avx2(piece, call);
 #endif
-    default: return add_noise_scalar(p, dtype, first, n, terms);
+    default: return update_scalar(piece, call);
   }
 }
 

@@ -28,11 +28,13 @@ from zo_kernels.optim import adam_update_
 
 @dataclass(frozen=True)
 class Step:
-    """What one step reports: finished steps, loss at the unperturbed token, forwards so far."""
+    """What one step reports: finished steps, loss of its first evaluation (one_sided: at the token
+    itself), forwards so far, and how many steps were rejected so far."""
 
     step: int
     loss: float
     forwards: int
+    rejected: int
 
 
 class TextualInversion:
@@ -89,7 +91,9 @@ class TextualInversion:
         word = expand(
             self.config.placeholder_token, self.config.placeholder_token, self.config.num_vectors
         )
-        self.ids = [self.family.tokenize([p.format(word) for p in e.prompts]) for e in examples]
+        self.ids = [
+            self.family.tokenize([p.replace("{}", word) for p in e.prompts]) for e in examples
+        ]
 
     def run(self) -> Iterator[Step]:
         """Train up to ``config.max_train_steps``; yields after every step, with the state whole."""
@@ -107,7 +111,8 @@ class TextualInversion:
             self.rejected += 1
         else:
             self._update(losses, draw)
-        return Step(self.steps, losses[0].item(), self.steps * self.estimator.evaluations)
+        forwards = self.steps * self.estimator.evaluations
+        return Step(self.steps, losses[0].item(), forwards, self.rejected)
 
     def _update(self, losses: Tensor, draw: int) -> None:
         config = self.config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write noise.json, the noise contract as bits, from the numpy implementation.
+"""Write noise.json and rounding.json, the noise contract as bits, from the numpy implementation.
 
-To be run once for a contract: the file stays when code changes. Logs of training runs are replayed
+To be run once for a contract: the files stay when code changes. Logs of training runs are replayed
 by regenerating their noise, so other bits here would break every log there is.
 
     python -m tests.golden.make
@@ -13,6 +13,7 @@ from pathlib import Path
 from zo_kernels import rng
 
 FILE = Path(__file__).with_name("noise.json")
+ROUNDING = Path(__file__).with_name("rounding.json")
 
 # The known answers of Random123 (Salmon et al., SC'11) for philox4x32-10: not computed here.
 PHILOX = [
@@ -53,6 +54,13 @@ def main() -> None:
         for bits in [[f"{word:08x}" for word in z.view("uint32").tolist()]]
     ]
     FILE.write_text(json.dumps({"philox": PHILOX, "noise": noise}, indent=1) + "\n")
+    rounding = [
+        {"seed": seed, "draw": draw, "stream": stream, "offset": offset, "bits": bits}
+        for seed, draw, stream, offset in NOISE
+        for r in [rng.round_bits_numpy(COUNT, seed=seed, draw=draw, stream=stream, offset=offset)]
+        for bits in [[f"{word:04x}" for word in r.tolist()]]
+    ]
+    ROUNDING.write_text(json.dumps(rounding, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ def isa(request):
     assert C.cpu_isa() == request.param
 
 
-def op(params, streams=(0,), seed=1, draws=(), scales=(), decay=1.0, kind="normal"):
+def op(params, streams=(0,), seed=1, draws=(), scales=(), decay=1.0, kind="normal", quanta=None):
     """The op as other programs may call it: nothing is checked before C++."""
     numbers = torch.tensor(scales, dtype=torch.float32), torch.tensor(decay, dtype=torch.float32)
-    torch.ops.zo_kernels.add_noise_(params, streams, seed, draws, *numbers, kind)
+    torch.ops.zo_kernels.add_noise_(params, streams, seed, draws, *numbers, kind, quanta)
 
 
 def all_halves(dtype):
@@ -230,6 +230,7 @@ BAD = [
     ("streams must hold one id per parameter, got 2 for 1", {"streams": [0, 1]}),
     ("scales and decay must be contiguous float32", {"draws": [0, 1], "scales": [1.0]}),
     ("scales and decay must be contiguous float32", {"decay": [1.0, 2.0]}),
+    ("quanta must be contiguous float32", {"quanta": torch.ones(2)}),
     ("kind must be normal or rademacher, got cauchy", {"kind": "cauchy"}),
     ("params must be float32, bfloat16 or float16", {"params": [W, W.double()], "streams": [0, 1]}),
     ("params must be on the CPU with their storage allocated, got params[0]", {"params": [FREED]}),

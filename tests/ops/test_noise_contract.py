@@ -14,6 +14,7 @@ from zo_kernels._registry import cpp_available, use_backend
 from zo_kernels.ops import add_noise_
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "noise.json").read_text())
+GOLDEN_ROUNDING = json.loads((Path(__file__).parents[1] / "golden" / "rounding.json").read_text())
 C = _native.binding()
 ISAS = C.cpu_isas_available() if C is not None else []
 
@@ -143,6 +144,35 @@ def test_signs_are_the_bits_of_the_words():
         1 - 2 * ((int(w) >> i) & 1) for w in block_words(blocks, **where).flat for i in range(32)
     ]
     assert rng.noise_numpy(128 * blocks, kind="rademacher", **where).tolist() == wanted
+
+
+def test_random_bits_of_roundings_are_halves_of_the_words():
+    groups, where = 5, {"seed": 2**63 + 9, "draw": -4, "stream": 2**32 - 1}
+    words = block_words(16 * groups, **where)
+    i = np.arange(128 * groups)
+    word = words[16 * (i // 128) + i % 16, i // 16 % 4]
+    wanted = np.where(i // 64 % 2 == 0, word & 0xFFFF, word >> 16)
+    assert rng.round_bits_numpy(len(i), **where).tolist() == wanted.tolist()
+    for offset in (0, 1, 127, 130):
+        got = rng.round_bits(300, offset=offset, **where)
+        assert got.tolist() == wanted[offset : offset + 300].tolist()
+
+
+def test_golden_rounding():
+    assert GOLDEN_ROUNDING
+    for case in GOLDEN_ROUNDING:
+        where = {k: v for k, v in case.items() if k != "bits"}
+        r = rng.round_bits_numpy(len(case["bits"]), **where)
+        assert [f"{word:04x}" for word in r.tolist()] == case["bits"], where
+
+
+def test_random_bits_of_roundings_are_uniform():
+    n = 2**20
+    r = rng.round_bits_numpy(n, seed=1, draw=1, stream=1)
+    assert r.min() == 0 and r.max() == 65535
+    assert abs(r.mean() - 32767.5) < 5 * 65536 / math.sqrt(12 * n)
+    for bit in range(16):
+        assert abs((r >> bit & 1).mean() - 0.5) < 5 * 0.5 / math.sqrt(n)
 
 
 def test_extremes_of_the_radius():

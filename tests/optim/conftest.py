@@ -3,12 +3,14 @@
 
 import pytest
 
-from zo_kernels.optim import ZOSGD, ZOAdam
+from zo_kernels.optim import ZOSGD, ZOAdam, ZOSignSGD
 
 OPTIMIZERS = {
     "sgd": (ZOSGD, {"lr": 0.02}),
     "momentum": (ZOSGD, {"lr": 0.01, "momentum": 0.5}),
     "adam": (ZOAdam, {"lr": 0.05}),
+    "sign": (ZOSignSGD, {"lr": 0.05}),
+    "signum": (ZOSignSGD, {"lr": 0.05, "momentum": 0.5}),
 }
 
 

@@ -126,4 +126,4 @@ def test_copies_and_adam_update_are_the_optimizer_taken_apart(estimator):
         losses = torch.stack([(copy.double() - 1).square().sum() for copy in copies])
         gradient = parts_estimator.gradient(losses, like=parts, draw=2 * step)
         adam_update_(parts, gradient, m, v, step + 1, lr=0.02)
-    assert torch.equal(parts, whole)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)  # torch's root is an ulp off ours

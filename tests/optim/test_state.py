@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from zo_kernels.estimators import ESTIMATORS
-from zo_kernels.optim import ZOSGD, ZOAdam
+from zo_kernels.optim import ZOSGD, ZOAdam, ZOSignSGD
+from zo_kernels.optim._base import GroupedOptimizer
 from zo_kernels.optim._streams import name_stream
 
-CLASSES = pytest.mark.parametrize("kind", [ZOSGD, ZOAdam])
+CLASSES = pytest.mark.parametrize("kind", [ZOSGD, ZOAdam, ZOSignSGD])
 
 
 def model(dtype=torch.float32):
@@ -107,7 +108,7 @@ def test_state_holds_what_its_table_says(make, name):
     optimizer.step(lambda: p.sum())
     held = [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
     bytes_per_parameter = sum(v.numel() * v.element_size() for v in held) / p.numel()
-    assert bytes_per_parameter == {"sgd": 0, "momentum": 4, "adam": 8}[name]
+    assert bytes_per_parameter == {"momentum": 4, "signum": 4, "adam": 8}.get(name, 0)
 
 
 @CLASSES
@@ -204,7 +205,8 @@ def test_constructor_errors_name_argument_bound_and_value(kind, argument, value)
 @CLASSES
 def test_documented_defaults_are_the_signature(kind):
     documented = dict(re.findall(r"^ {8}(\w+) \(\w+, default (.+?)\):", kind.__doc__, re.MULTILINE))
-    parameters = inspect.signature(kind).parameters.values()
+    signatures = [inspect.signature(c) for c in (GroupedOptimizer, kind)]
+    parameters = [p for signature in signatures for p in signature.parameters.values()]
     actual = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     assert {key: eval(value) for key, value in documented.items()} == actual
 

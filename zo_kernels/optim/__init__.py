@@ -3,5 +3,6 @@
 
 from zo_kernels.optim.zoadam import ZOAdam, adam_update_
 from zo_kernels.optim.zosgd import ZOSGD, sgd_update_
+from zo_kernels.optim.zosignsgd import ZOSignSGD
 
-__all__ = ["ZOSGD", "ZOAdam", "adam_update_", "sgd_update_"]
+__all__ = ["ZOSGD", "ZOAdam", "ZOSignSGD", "adam_update_", "sgd_update_"]

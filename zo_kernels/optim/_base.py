@@ -1,32 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the zeroth-order optimizers share: the step, rejection, streams and exact resume."""
+"""What the zeroth-order optimizers share: groups, noise streams, and state that resumes exactly."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from zo_kernels.estimators import check, check_directions, coefficients, schedule
+from zo_kernels.estimators import check, check_directions
 from zo_kernels.optim import _streams
-from zo_kernels.optim._probe import PROBES, Closure, Span, evaluate, make_probe
+from zo_kernels.optim._probe import PROBES, Span
+from zo_kernels.optim._scaling import Scaling
 
 # Saved beside the state: with the weights and the groups, they decide every later step.
-_SAVED = ("seed", "draw", "rejected", "n", "estimator", "kind")
+_SAVED = ("seed", "draw", "steps", "rejected", "clipped", "n", "estimator", "kind", "scaling")
 
 
-class ZOOptimizer(Optimizer):
-    """Base class; a subclass says in `_update` what an estimate does to the weights.
+class Shared(TypedDict, total=False):
+    """The keyword arguments that every optimizer has; `_docs` documents them."""
+
+    n: int
+    estimator: str
+    kind: str
+    seed: int
+    maximize: bool
+    probe: str
+    keep_perturbed: bool
+    clip: float | None
+    normalize: bool
+    scalar_beta: float | None
+
+
+class GroupedOptimizer(Optimizer):
+    """Groups and state. `_step.ZOOptimizer` adds the step.
 
     Attributes:
         draw: the next unused direction; it only goes up, by n a step.
+        steps: number of steps told, rejected ones included.
         rejected: number of steps given up because a loss was NaN or infinite.
+        clipped: number of directional derivatives that `clip` bounded.
     """
 
     # hyperparameter of a group -> (is it in its bound?, the bound, what to do)
@@ -41,75 +58,32 @@ class ZOOptimizer(Optimizer):
         params: Iterable[Any],
         defaults: dict[str, Any],
         *,
-        n: int,
-        estimator: str,
-        kind: str,
-        seed: int,
-        probe: str,
+        n: int = 1,
+        estimator: str = "two_sided",
+        kind: str = "normal",
+        seed: int = 0,
+        maximize: bool = False,
+        probe: str = "auto",
+        keep_perturbed: bool = False,
+        clip: float | None = None,
+        normalize: bool = False,
+        scalar_beta: float | None = None,
     ) -> None:
         owner = type(self).__name__
         check_directions(owner, n=n, estimator=estimator, kind=kind, seed=seed)
         check(probe in PROBES, owner, "probe", f"one of {PROBES}", probe, "choose one of them")
+        fits = not keep_perturbed or (probe == "in_place" and estimator == "two_sided")
+        need = "False unless probe='in_place' and estimator='two_sided'"
+        check(fits, owner, "keep_perturbed", need, keep_perturbed, "the others gain nothing by it")
         self.n, self.estimator, self.kind, self.seed = n, estimator, kind, seed
-        self.probe = probe
-        self.draw = 0
-        self.rejected = 0
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
-        """One step: 2n calls of `closure` (two-sided) or n + 1 (one-sided), then one update.
-
-        Args:
-            closure: evaluates the model and returns the loss, a float or a one-element tensor. It
-                runs under no_grad, and has to see the same data and draw the same random numbers
-                each time. To accumulate over micro-batches, let it return their mean.
-
-        Returns:
-            The loss: at the weights themselves (one-sided), or the mean of all probes (two-sided).
-            If one is NaN or infinite the step is rejected: the weights are restored, and nothing
-            changes but `draw` and `rejected`.
-
-        Raises:
-            TypeError: there is no closure, or it does not return a loss.
-            ValueError: no parameter requires grad.
-            Exception: whatever the closure raises, once the weights are restored.
-        """
-        owner = f"{type(self).__name__}.step"
-        if closure is None:
-            raise TypeError(
-                f"{owner}: closure must be a function that returns the loss, got None; "
-                "a zeroth-order step evaluates the loss itself"
-            )
-        spans = self._spans()
-        probe = make_probe(self.probe, spans, self.seed, self.kind)
-        plan = [(self.draw + j, sign) for j, sign in schedule(self.estimator, self.n)]
-        losses = evaluate(closure, probe, plan, owner)
-        draws = [self.draw + j for j in range(self.n)]
-        self.draw += self.n
-        coeffs = [self._coefficients(losses, span) for span in spans]
-        if all(math.isfinite(c) for row in coeffs for c in row):
-            for span, row in zip(spans, coeffs, strict=True):
-                self._update(span, draws, row)
-        else:
-            self.rejected += 1
-        return losses[0] if self.estimator == "one_sided" else sum(losses) / len(losses)
-
-    @abstractmethod
-    def _update(self, span: Span, draws: Sequence[int], coeffs: Sequence[float]) -> None:
-        """Updates the parameters of one group with g_hat = sum_j coeffs[j] z(draws[j])."""
+        self.probe, self.keep_perturbed = probe, bool(keep_perturbed)
+        self.scaling = Scaling.checked(owner, clip, normalize, scalar_beta, estimator, n)
+        self.draw = self.steps = self.rejected = self.clipped = 0
+        super().__init__(params, defaults | {"maximize": bool(maximize)})
 
     def _spans(self) -> list[Span]:
         """The parameters that require grad; asked anew each step, as trainers unfreeze some."""
-        spans: list[Span] = []
-        for group in self.param_groups:
-            by_device: dict[torch.device, Span] = {}
-            for p, stream in zip(group["params"], group["streams"], strict=True):
-                if p.requires_grad:
-                    span = by_device.setdefault(p.device, Span([], [], group))
-                    span.params.append(p)
-                    span.streams.append(stream)
-            spans += by_device.values()
+        spans = [s for g in self.param_groups for s in self._by_device(g, self._trainable(g))]
         if not spans:
             total = sum(len(group["params"]) for group in self.param_groups)
             raise ValueError(
@@ -118,16 +92,28 @@ class ZOOptimizer(Optimizer):
             )
         return spans
 
-    def _coefficients(self, losses: Sequence[float], span: Span) -> list[float]:
-        coeffs = coefficients(losses, estimator=self.estimator, eps=span.group["eps"])
-        return [-c for c in coeffs] if span.group["maximize"] else coeffs
+    @staticmethod
+    def _trainable(group: dict[str, Any]) -> list[int]:
+        return [i for i, p in enumerate(group["params"]) if p.requires_grad]
+
+    @staticmethod
+    def _by_device(group: dict[str, Any], members: Iterable[int]) -> list[Span]:
+        spans: dict[torch.device, Span] = {}
+        for i in members:
+            p = group["params"][i]
+            span = spans.setdefault(p.device, Span([], [], group))
+            span.params.append(p)
+            span.streams.append(group["streams"][i])
+        return list(spans.values())
 
     def _moment(self, p: Tensor, name: str) -> Tensor:
         """The fp32 state `name` of a parameter, zero at first."""
         state: dict[str, Tensor] = self.state[p]
         if name not in state:
             with torch.inference_mode(False):  # made inside, it could not be updated outside
-                state[name] = torch.zeros_like(p, dtype=torch.float32)
+                state[name] = torch.zeros_like(
+                    p, dtype=torch.float32, memory_format=torch.contiguous_format
+                )
         return state[name]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -155,7 +141,7 @@ class ZOOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """That of `torch.optim`, and under "zo" the seed, the draw counter and the estimator."""
-        return super().state_dict() | {"zo": {name: getattr(self, name) for name in _SAVED}}
+        return super().state_dict() | {"zo": self._saved()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken: the later steps have the same bits.
@@ -176,9 +162,14 @@ class ZOOptimizer(Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
         for name in _SAVED:
             setattr(self, name, state_dict["zo"][name])
+        self.scaling = Scaling(*state_dict["zo"]["scaling"])
+
+    def _saved(self) -> dict[str, Any]:
+        saved = {name: getattr(self, name) for name in _SAVED}
+        return saved | {"scaling": tuple(self.scaling)}  # plain data, for weights_only loading
 
     def __getstate__(self) -> dict[str, Any]:
-        saved = {name: getattr(self, name) for name in (*_SAVED, "probe")}
+        saved = {name: getattr(self, name) for name in (*_SAVED, "probe", "keep_perturbed")}
         return super().__getstate__() | saved
 
 

@@ -13,13 +13,15 @@ caller has, such as one projected on a subspace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
-from zo_kernels.estimators import combine
-from zo_kernels.optim._base import ZOOptimizer
+from zo_kernels.ops import zo_adam_
+from zo_kernels.optim._base import Shared
+from zo_kernels.optim._docs import documented
 from zo_kernels.optim._probe import Span
+from zo_kernels.optim._step import ZOOptimizer
 
 
 def adam_update_(
@@ -50,6 +52,7 @@ def adam_update_(
     param.copy_(change.add_(param, alpha=1 - lr * weight_decay))
 
 
+@documented
 class ZOAdam(ZOOptimizer):
     """Adam by forward passes only; see `zo_kernels.optim.zoadam`.
 
@@ -62,9 +65,7 @@ class ZOAdam(ZOOptimizer):
     | state                    | bytes per trained parameter                       |
     |--------------------------|---------------------------------------------------|
     | `exp_avg`, `exp_avg_sq`  | 8 (fp32, whatever the parameter's dtype)          |
-    | gradient and change      | 12, of one tensor at a time, in the update        |
-    | probe `snapshot`         | size of its dtype, while a step runs              |
-    | probe `in_place`         | 0                                                 |
+    {probes}
 
     Args:
         params: parameters, named parameters (their noise is then independent of their order), or
@@ -77,17 +78,7 @@ class ZOAdam(ZOOptimizer):
             gradient; ZOODiP uses 1e-3.
         weight_decay (float, default 0.0): decoupled decay rate, in 1 / lr: a step takes away the
             share lr weight_decay of each weight.
-        n (int, default 1): directions a step.
-        estimator (str, default "two_sided"): "two_sided", 2n forward passes a step, or "one_sided",
-            n + 1.
-        kind (str, default "normal"): distribution of the directions, "normal" or "rademacher".
-        seed (int, default 0): key of the noise, a signed 64-bit integer.
-        maximize (bool, default False): climb, for a closure that returns a reward.
-        probe (str, default "auto"): "snapshot" restores the exact bits and holds a copy of the
-            trained parameters while a step runs. "in_place" holds nothing, and adds and subtracts
-            eps z: fp32 weights come back to about an ulp, bf16 and fp16 weights drift by more than
-            they learn. "auto" is "in_place" for more than 16 MiB of parameters that are all fp32,
-            else "snapshot".
+        {common}
 
     Raises:
         ValueError: an argument out of its bound.
@@ -110,13 +101,7 @@ class ZOAdam(ZOOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        n: int = 1,
-        estimator: str = "two_sided",
-        kind: str = "normal",
-        seed: int = 0,
-        maximize: bool = False,
-        probe: str = "auto",
+        **shared: Unpack[Shared],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -124,27 +109,40 @@ class ZOAdam(ZOOptimizer):
             "betas": betas,
             "adam_eps": adam_eps,
             "weight_decay": weight_decay,
-            "maximize": maximize,
         }
-        super().__init__(
-            params, defaults, n=n, estimator=estimator, kind=kind, seed=seed, probe=probe
-        )
+        super().__init__(params, defaults, **shared)
 
-    def _update(self, span: Span, draws: Sequence[int], coeffs: Sequence[float]) -> None:
+    def _update(
+        self, span: Span, draws: Sequence[int], coeffs: Sequence[float], round_draw: int
+    ) -> None:
         group = span.group
-        for p, stream in zip(span.params, span.streams, strict=True):
-            self.state[p]["step"] = self.state[p].get("step", 0) + 1
-            grad = combine(
-                coeffs, like=p, seed=self.seed, draw=draws[0], stream=stream, kind=self.kind
-            )
-            adam_update_(
-                p,
-                grad,
-                self._moment(p, "exp_avg"),
-                self._moment(p, "exp_avg_sq"),
-                self.state[p]["step"],
+        for step, members in self._by_step(span):
+            zo_adam_(
+                members.params,
+                [self._moment(p, "exp_avg") for p in members.params],
+                [self._moment(p, "exp_avg_sq") for p in members.params],
+                members.streams,
+                self.seed,
+                draws,
+                coeffs,
+                step=step,
                 lr=float(group["lr"]),
                 betas=group["betas"],
                 adam_eps=group["adam_eps"],
                 weight_decay=group["weight_decay"],
+                kind=self.kind,
+                quanta=members.quanta,
+                round_draw=round_draw,
             )
+
+    def _by_step(self, span: Span) -> Iterable[tuple[int, Span]]:
+        """The parameters by their step, this one included: one part, but for thawed ones."""
+        parts: dict[int, Span] = {}
+        for i, p in enumerate(span.params):
+            step = self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            part = parts.setdefault(step, Span([], [], span.group, span.quanta and []))
+            part.params.append(p)
+            part.streams.append(span.streams[i])
+            if span.quanta and part.quanta is not None:
+                part.quanta.append(span.quanta[i])
+        return parts.items()

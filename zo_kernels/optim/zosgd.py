@@ -11,13 +11,15 @@ MeZO (Malladi et al. 2023, arXiv 2305.17333, Algorithm 1), weight decay included
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
-from zo_kernels.ops import add_noise_
-from zo_kernels.optim._base import ZOOptimizer
+from zo_kernels.ops import add_noise_, zo_sgd_
+from zo_kernels.optim._base import Shared
+from zo_kernels.optim._docs import documented
 from zo_kernels.optim._probe import Span
+from zo_kernels.optim._step import ZOOptimizer
 
 
 def sgd_update_(
@@ -32,22 +34,47 @@ def sgd_update_(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     kind: str = "normal",
+    quanta: Sequence[float] | None = None,
+    round_draw: int | None = None,
 ) -> None:
     """The update above, in place, with g_hat = sum_j coeffs[j] z(seed, draws[j], stream, .).
 
     Args:
         params: tensors of any shape, fp32, bf16 or fp16; streams: one for each.
         buffers: b of each parameter, fp32 and of its shape; None for no momentum.
+        quanta, round_draw: as in `zo_kernels.ops.add_noise_`.
     """
-    decay = 1.0 - lr * weight_decay
     if buffers is None:
-        add_noise_(params, streams, seed, draws, [-lr * c for c in coeffs], decay, kind)
+        decay, scales = 1.0 - lr * weight_decay, [-lr * c for c in coeffs]
+        add_noise_(
+            params,
+            streams,
+            seed,
+            draws,
+            scales,
+            decay,
+            kind,
+            quanta=quanta,
+            round_draw=round_draw,
+        )
         return
-    add_noise_(buffers, streams, seed, draws, coeffs, momentum, kind)
-    for p, buffer in zip(params, buffers, strict=True):
-        p.copy_((buffer * -lr).add_(p, alpha=decay))  # fp32, one rounding
+    zo_sgd_(
+        params,
+        buffers,
+        streams,
+        seed,
+        draws,
+        coeffs,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        kind=kind,
+        quanta=quanta,
+        round_draw=round_draw,
+    )
 
 
+@documented
 class ZOSGD(ZOOptimizer):
     """Stochastic gradient descent by forward passes only; see `zo_kernels.optim.zosgd`.
 
@@ -61,8 +88,7 @@ class ZOSGD(ZOOptimizer):
     |--------------------------|---------------------------------------------------|
     | momentum = 0             | 0                                                 |
     | momentum > 0             | 4 (`momentum_buffer`, fp32)                       |
-    | probe `snapshot`         | size of its dtype, while a step runs              |
-    | probe `in_place`         | 0                                                 |
+    {probes}
 
     Args:
         params: parameters, named parameters (their noise is then independent of their order), or
@@ -72,17 +98,7 @@ class ZOSGD(ZOOptimizer):
         momentum (float, default 0.0): share of b that a step keeps; no unit, in [0, 1).
         weight_decay (float, default 0.0): decoupled decay rate, in 1 / lr: a step takes away the
             share lr weight_decay of each weight.
-        n (int, default 1): directions a step.
-        estimator (str, default "two_sided"): "two_sided", 2n forward passes a step, or "one_sided",
-            n + 1.
-        kind (str, default "normal"): distribution of the directions, "normal" or "rademacher".
-        seed (int, default 0): key of the noise, a signed 64-bit integer.
-        maximize (bool, default False): climb, for a closure that returns a reward.
-        probe (str, default "auto"): "snapshot" restores the exact bits and holds a copy of the
-            trained parameters while a step runs. "in_place" holds nothing, and adds and subtracts
-            eps z: fp32 weights come back to about an ulp, bf16 and fp16 weights drift by more than
-            they learn. "auto" is "in_place" for more than 16 MiB of parameters that are all fp32,
-            else "snapshot".
+        {common}
 
     Raises:
         ValueError: an argument out of its bound.
@@ -99,26 +115,19 @@ class ZOSGD(ZOOptimizer):
         eps: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        *,
-        n: int = 1,
-        estimator: str = "two_sided",
-        kind: str = "normal",
-        seed: int = 0,
-        maximize: bool = False,
-        probe: str = "auto",
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(
-            params, defaults, n=n, estimator=estimator, kind=kind, seed=seed, probe=probe
-        )
+        defaults = {"lr": lr, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **shared)
 
-    def _update(self, span: Span, draws: Sequence[int], coeffs: Sequence[float]) -> None:
+    def _as_noise(self, group: dict[str, Any], coeffs: Sequence[float]) -> list[float] | None:
+        lr = float(group["lr"])
+        plain = not group["momentum"] and not lr * group["weight_decay"]
+        return [-lr * c for c in coeffs] if plain else None
+
+    def _update(
+        self, span: Span, draws: Sequence[int], coeffs: Sequence[float], round_draw: int
+    ) -> None:
         group = span.group
         buffers = None
         if group["momentum"]:
@@ -134,4 +143,6 @@ class ZOSGD(ZOOptimizer):
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             kind=self.kind,
+            quanta=span.quanta,
+            round_draw=round_draw,
         )

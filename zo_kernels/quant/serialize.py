@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from zo_kernels._files import atomic_write
 from zo_kernels.nn import QuantModule
-from zo_kernels.quant._files import atomic_write
 from zo_kernels.quant.config import QuantConfig
 from zo_kernels.quant.convert import CONFIG_ATTRIBUTE, QUANT_TYPES, replace_module
 from zo_kernels.quant.formats import check_spec

@@ -4,7 +4,7 @@
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,7 +13,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it takes the name `path` when the block succeeds.
 
     The content is on the disk before the name is (fsync, then rename). When the block fails,
-    whatever it wrote is removed and an older file at `path` stays as it was.
+    whatever it wrote is removed and an older file at `path` stays as it was. The file's mode is
+    what the umask gives, whatever the block did.
+
+    Raises:
+        OSError: the disk is full or refuses.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -25,7 +29,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(path.parent)  # the new name itself
+    with suppress(OSError):  # the new name itself; some file systems cannot, and it is there
+        _fsync(path.parent)
 
 
 def _fsync(path: Path) -> None:

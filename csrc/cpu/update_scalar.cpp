@@ -15,12 +15,15 @@ struct V {
   static U lane_numbers() { return 0; }
   static F add(F a, F b) { return a + b; }
   static F mul(F a, F b) { return a * b; }
+  static F sub(F a, F b) { return a - b; }
+  static F div(F a, F b) { return a / b; }
   static F sqrt(F a) { return std::sqrt(a); }
   static U add(U a, U b) { return a + b; }
   static U sub(U a, U b) { return a - b; }
   static U bit_and(U a, U b) { return a & b; }
   static U bit_or(U a, U b) { return a | b; }
   static U bit_xor(U a, U b) { return a ^ b; }
+  static U xor3(U a, U b, U c) { return a ^ b ^ c; }
   template <int N> static U shift_left(U a) { return a << N; }
   template <int N> static U shift_right(U a) { return a >> N; }
   template <int N> static U shift_right_signed(U a) { return static_cast<U>(static_cast<int32_t>(a) >> N); }
@@ -33,23 +36,30 @@ struct V {
   static F from_i32(U a) { return static_cast<float>(static_cast<int32_t>(a)); }
   static U bits(F a) { return bits_of(a); }
   static F floats(U a) { return float_of(a); }
-  static F select_sign(U sign, F if_set, F otherwise) { return sign >> 31 ? if_set : otherwise; }
+  static U truncated(F a) { return static_cast<U>(a); }
+  static F sign_of(F a) { return static_cast<float>(a > 0.0f) - static_cast<float>(a < 0.0f); }
+  static U if_greater(U a, U b, U yes, U no) { return a > b ? yes : no; }  // a, b < 2^31
+  static void select_bit30(U word, F set, F clear, F& x, F& y) {
+    const bool bit = word >> 30 & 1;
+    x = bit ? set : clear;
+    y = bit ? clear : set;
+  }
   static F sign_by_bits(uint32_t bits, F x) { return bits & 1 ? -x : x; }
   static F load(const float* p) { return *p; }
   static void store(float* p, F x) { *p = x; }
   static F load_bf16(const uint16_t* p) { return bf16_to_float(*p); }
-  static void store_bf16(uint16_t* p, F x) { *p = float_to_bf16(x); }
+  static void store_u16(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
+  static U bf16_bits(F x) { return float_to_bf16(x); }
   static F load_f16(const uint16_t* p) { return f16_to_float(*p); }
   static void store_f16(uint16_t* p, F x) { *p = float_to_f16(x); }
+  static U f16_bits(F x) { return float_to_f16(x); }
 };
 
 }  // namespace
 }  // namespace zo::cpu
 
-#include "cpu/add_noise.inl"
+#include "cpu/update.inl"
 
 namespace zo::cpu {
-void add_noise_scalar(void* p, Dtype dtype, int64_t first, int64_t n, const NoiseTerms& terms) {
-  dispatch_dtype(p, dtype, first, n, terms);
-}
+void update_scalar(const Piece& piece, const Call& call) { dispatch(piece, call); }
 }  // namespace zo::cpu
