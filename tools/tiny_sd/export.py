@@ -48,7 +48,10 @@ def write(
     pipe.save_pretrained(new, safe_serialization=True)
     _load_as_fp32(new / "text_encoder" / "config.json")
     tokenizer.backend_tokenizer.model.save(str(new / "tokenizer"))  # vocab.json, merges.txt
-    size = sum(f.stat().st_size for f in new.rglob("*.safetensors"))
+    weights = list(new.rglob("*.safetensors"))
+    for file in weights:
+        file.chmod(0o644)  # safetensors leaves them to their owner
+    size = sum(file.stat().st_size for file in weights)
     if size > MAX_BYTES:
         raise ValueError(
             f"write: weights must be at most {MAX_BYTES} bytes, got {size}; use smaller sizes"
