@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes a small BERT with Hugging Face's Trainer and forward passes only, beside SGD.
 
-    python examples/hf_trainer.py [--steps 400] [--seeds 0 1 2]
+    python examples/hf_trainer.py [--steps 100] [--seeds 0 1 2]
 
 The text is real and on every machine: 64-byte fragments of Python's standard library, to be told
 apart as prose (its docstrings) or code (its source without them). The model is real in kind but
-tiny, two layers over bytes, and starts from random weights: the table shows how the two ways of
-training compare on the same batches, not what a pretrained model would reach.
+tiny, two layers over bytes. It is pretrained for 150 steps of AdamW on other modules, then its head
+is set to zero: forward passes alone fine-tune well, but from random weights the loss stayed at
+log 2 for 150 steps. Three seeds of 100 steps of 32 fragments, in 86 s on two cores:
+
+    training loss at steps        ZOSGD, n=4             SGD
+    1 to 20                   0.651 +- 0.014  0.546 +- 0.012
+    41 to 60                  0.541 +- 0.011  0.338 +- 0.008
+    81 to 100                 0.505 +- 0.016  0.306 +- 0.023
+    accuracy, unseen text     0.911 +- 0.014  0.913 +- 0.009
+    passes a step                  8 forward  1 and backward
 
 `ZOTrainer` and `ForTrainer` are what to copy. They keep what is around a step as it is: data,
 gradient accumulation, learning rate scheduler, logging, evaluation, checkpoints, exact resume.
@@ -17,11 +25,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +51,14 @@ from zo_kernels.optim import ZOSGD
 
 LENGTH = 64  # bytes of a fragment
 TEST = 400  # fragments that training does not see
+PRETRAINING = ("calendar", "cmd", "email.message", "ftplib", "http.client", "imaplib", "logging")
+PRETRAINING += ("mailbox", "pickle", "smtplib", "ssl", "textwrap", "urllib.request", "uuid")
 MODULES = ("argparse", "ast", "configparser", "datetime", "difflib", "doctest", "fractions")
 MODULES += ("inspect", "ipaddress", "optparse", "pathlib", "random", "statistics", "subprocess")
 MODULES += ("tarfile", "threading", "turtle", "typing", "zipfile")
 
-ZO = {"lr": 3e-3, "eps": 1e-3, "n": 4}
-SGD = {"lr": 0.1}
+ZO = {"lr": 1e-3, "eps": 1e-3, "n": 4}
+SGD = {"lr": 0.01}
 
 
 class ForTrainer(ZOSGD):
@@ -134,9 +145,9 @@ def endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
 class Fragments(Dataset):
     """Fragments of both kinds in equal number: input_ids [LENGTH] of bytes, labels 1 for code."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str] = MODULES) -> None:
         prose, code = "", ""
-        for name in MODULES:
+        for name in modules:
             found = importlib.util.find_spec(name)
             assert found and found.origin
             tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
@@ -172,6 +183,21 @@ def chunks(text: bytes) -> Tensor:  # [count, LENGTH], int64
     return torch.tensor(list(text[: whole * LENGTH])).view(whole, LENGTH)
 
 
+@functools.cache
+def pretrained(seed: int, steps: int = 150) -> dict[str, Tensor]:
+    """State of a model that AdamW has trained on the fragments of PRETRAINING, its head zero."""
+    model = build_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = endless(DataLoader(Fragments(PRETRAINING), batch_size=32, shuffle=True))
+    for _, batch in zip(range(steps), batches, strict=False):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    nn.init.zeros_(model.classifier.weight)  # the loss starts at log 2
+    nn.init.zeros_(model.classifier.bias)
+    return model.state_dict()
+
+
 def build_model(seed: int) -> BertForSequenceClassification:
     """Two layers over bytes, 120 thousand parameters, random weights."""
     set_seed(seed)
@@ -185,14 +211,13 @@ def build_model(seed: int) -> BertForSequenceClassification:
         num_labels=2,
         initializer_range=0.125,  # 1 / sqrt(hidden_size): the usual 0.02 would fade in this width
     )
-    model = BertForSequenceClassification(config)
-    nn.init.zeros_(model.classifier.weight)  # the loss starts at log 2
-    return model
+    return BertForSequenceClassification(config)
 
 
 def make_trainer(method: str, data: Dataset, seed: int, folder: str, **changes: Any) -> Trainer:
-    """Trainer (`sgd`) or ZOTrainer (`zo`) with the same data, batches and scheduler."""
+    """Trainer (`sgd`) or ZOTrainer (`zo`) with the same model, data, batches and scheduler."""
     model = build_model(seed)
+    model.load_state_dict(pretrained(seed))
     settings: dict[str, Any] = {
         "output_dir": folder,
         "seed": seed,
@@ -224,7 +249,7 @@ def accuracy(model: nn.Module, data: Dataset) -> float:
     return right.float().mean().item()
 
 
-def main(steps: int = 400, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, list[list[float]]]:
+def main(steps: int = 100, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, list[list[float]]]:
     """Prints the table; returns, for each method, a loss curve of five points for each seed."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     everything = Fragments()
@@ -263,7 +288,7 @@ def spread(values: list[float]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     main(given.steps, tuple(given.seeds))
