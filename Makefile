@@ -19,6 +19,7 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest -q -o python_files='bench_*.py' --benchmark-only benchmarks
+	$(BIN)/python -m benchmarks.noise_engine --unet
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A log and the base give the weights of the run, to the bit, wherever they are replayed."""
 
+import hashlib
 import os
 import stat
 import subprocess
@@ -97,6 +98,23 @@ def test_replay_has_the_bits_of_the_run(run, isa_afterwards):
         again = net(run.dtype)
         replay(again, run.path)
         assert same(again, run.model), isa
+
+
+def test_five_hundred_steps_replay_on_another_isa_and_in_numpy(tmp_path, path, isa_afterwards):
+    """The digests of the files are equal, and so are those of the trained weights."""
+    model, _ = record(path, "adam", steps=500)
+    base, digests = tmp_path / "base.safetensors", set()
+    save_file(tensors(net()), base)
+    save_file(tensors(model), tmp_path / "trained.safetensors")
+    if isa_afterwards:
+        isa_afterwards.set_isa("scalar")
+    for engine in ("torch", "numpy"):
+        out = tmp_path / f"{engine}.safetensors"
+        assert replay_file(base, path, out, engine=engine) == 500
+        digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+        found, wanted = load_file(out), load_file(tmp_path / "trained.safetensors")
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
