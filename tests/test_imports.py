@@ -29,7 +29,7 @@ LAYERS = (
     ("zo_kernels.kernels",),
     ("zo_kernels.updates_numpy",),
     ("zo_kernels._arithmetic",),
-    ("zo_kernels.rng", "zo_kernels._native"),
+    ("zo_kernels.rng", "zo_kernels._native", "zo_kernels.packing"),
     ("zo_kernels._env", "zo_kernels._C", "zo_kernels._xp"),
     ("zo_kernels",),
 )
