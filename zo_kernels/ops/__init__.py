@@ -5,7 +5,16 @@ from zo_kernels._registry import use_backend
 from zo_kernels.ops.add_noise import add_noise_
 from zo_kernels.ops.qconv2d import qconv2d
 from zo_kernels.ops.qlinear import qlinear
+from zo_kernels.ops.quantize_rows import quantize_rows
 from zo_kernels.ops.zo_adam import zo_adam_
 from zo_kernels.ops.zo_sgd import zo_sgd_
 
-__all__ = ["add_noise_", "qconv2d", "qlinear", "use_backend", "zo_adam_", "zo_sgd_"]
+__all__ = [
+    "add_noise_",
+    "qconv2d",
+    "qlinear",
+    "quantize_rows",
+    "use_backend",
+    "zo_adam_",
+    "zo_sgd_",
+]

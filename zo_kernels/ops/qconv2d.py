@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`qconv2d`: y[b, n] = scale[n] * sum_c x[b, c] (*) (qweight[n, c] - zero_point[n]) + bias[n],
-where (*) is `torch.nn.functional.conv2d`'s cross-correlation with zero padding.
+"""`qconv2d`: `qlinear`'s twin for 2-d convolutions (cross-correlations, padded with zeros).
 
-Reference: optimum-quanto's weight-only int8 convolution (the stack of ZOODiP, arXiv 2503.14868),
-with the scale behind the product.
+Element k = (r * kw + s) * C + c of a row is channel c of tap (r, s), the order of a channels_last
+picture. That order counts for groups of scales and for the noise of a perturbed weight.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,157 +14,176 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from zo_kernels._registry import Example, define
-from zo_kernels.ops._weight_only import (
-    FLOATS,
-    check_quantized,
-    codes,
-    compute_dtype,
-    epilogue,
-    outside_autocast,
-    refuse_scale_grad,
-)
+from zo_kernels.ops import _quantized
+from zo_kernels.ops._quantized import Call, Layer, refusal
+from zo_kernels.ops._quantized_backend import backends
+from zo_kernels.ops._quantized_gradient import gradients, setup_context
+from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
 
 SCHEMA = (
-    "qconv2d(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point=None, "
-    "Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1) "
-    "-> Tensor"
+    "qconv2d(Tensor x, Tensor qweight, Tensor scale, Tensor? zero_point=None, Tensor? bias=None, "
+    "int[2] kernel_size=1, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, "
+    f"{_quantized.SCHEMA_TAIL}) -> Tensor"
 )
 
 
-def _check(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-) -> None:
-    check_quantized("qconv2d", x, qweight, scale, zero_point, bias, ("N", "C / groups", "kh", "kw"))
-    for name, pair, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
+class Geometry(NamedTuple):
+    """What the schema has between `bias` and `bits`; pairs are (vertical, horizontal)."""
+
+    kernel_size: Sequence[int] = (1, 1)
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int]) -> list[int]:
+        """H', W' for a picture of H, W."""
+        axes = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return [(n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, step, pad, gap in axes]
+
+
+def _split(args: Sequence[Any]) -> tuple[Call, Geometry]:
+    return Call(*args[:5], *args[10:]), Geometry(*args[5:10])
+
+
+def _layer(call: Call, geometry: Geometry) -> Layer:
+    batch, inputs, *size = call.x.shape
+    lead = (batch, *geometry.output_size(size))
+    (kh, kw), channels = geometry.kernel_size, inputs // geometry.groups
+    return Layer("qconv2d", call.scale.shape[0], kh * kw, channels, lead, inputs, per_sample=True)
+
+
+def _check(call: Call, geometry: Geometry) -> None:
+    op, x, groups = "qconv2d", call.x, geometry.groups
+    _quantized.check_input(op, x, x.dim() == 4 and x.shape[1] > 0, "[B, C, H, W]")
+    for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        pair = getattr(geometry, name)
         if min(pair) < least:
-            raise ValueError(
-                f"qconv2d: {name} must be at least {least}, got {tuple(pair)}; "
-                "copy it from the float layer"
-            )
-    if groups < 1 or qweight.shape[0] % groups:
-        raise ValueError(
-            f"qconv2d: groups must be positive and divide the {qweight.shape[0]} output channels, "
-            f"got {groups}; copy it from the float layer"
-        )
-    channels = qweight.shape[1] * groups
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"qconv2d: x must be [B, {channels}, H, W] for a weight of {tuple(qweight.shape)} and "
-            f"{groups} groups, got shape {tuple(x.shape)}; check which layer it feeds"
-        )
+            requirement, advice = f"at least {least}", "copy it from the float layer"
+            raise ValueError(refusal(op, name, requirement, tuple(pair), advice))
+    outputs, inputs = call.scale.shape[0] if call.scale.dim() else 0, x.shape[1]
+    if groups < 1 or outputs % groups or inputs % groups:
+        requirement = f"positive and divide {inputs} input and {outputs} output channels"
+        raise ValueError(refusal(op, "groups", requirement, groups, "copy it from the float layer"))
     for axis, size, pad, gap, kernel in zip(
-        ("high", "wide"), x.shape[2:], padding, dilation, qweight.shape[2:], strict=True
+        ("high", "wide"),
+        *(x.shape[2:], geometry.padding, geometry.dilation, geometry.kernel_size),
+        strict=True,
     ):
         span = gap * (kernel - 1) + 1
-        if size + 2 * pad < span:
-            raise ValueError(
-                f"qconv2d: x must be at least {span - 2 * pad} {axis} for this kernel, got {size}; "
-                "pad it or use a larger picture"
-            )
+        if size < 1 or size + 2 * pad < span:
+            least = max(1, span - 2 * pad)
+            requirement = f"at least {least} {axis} for this kernel"
+            raise ValueError(refusal(op, "x", requirement, size, "pad it or use a larger picture"))
+    _quantized.check(call, _layer(call, geometry))
+
+
+def _products(geometry: Geometry) -> Callable[[Tensor, Tensor, int], Iterator[Tensor]]:
+    """The sums of a convolution, [B, H', W', N] each: one for each tap and range of channels where
+    a weight has groups of k."""
+    (kh, kw), groups = geometry.kernel_size, geometry.groups
+    rest = (geometry.stride, geometry.padding, geometry.dilation, groups)
+
+    def products(a: Tensor, weight: Tensor, parts: int) -> Iterator[Tensor]:
+        weight = _as_image(weight, geometry)
+        if parts == 1:
+            yield F.conv2d(a, weight, None, *rest).permute(0, 2, 3, 1)
+            return
+        height, width = geometry.output_size(a.shape[2:])
+        (down, right), (below, beside) = geometry.stride, geometry.dilation
+        a = F.pad(a, (geometry.padding[1],) * 2 + (geometry.padding[0],) * 2)
+        a = a.unflatten(1, (groups, -1))
+        size = weight.shape[1] * kh * kw // parts
+        for tap in range(kh * kw):
+            top, left = tap // kw * below, tap % kw * beside
+            rows = slice(top, top + (height - 1) * down + 1, down)
+            seen = a[..., rows, left : left + (width - 1) * right + 1 : right]
+            for c in range(0, weight.shape[1], size):
+                some = weight[:, c : c + size, tap // kw, tap % kw, None, None]
+                part = seen[:, :, c : c + size].flatten(1, 2)
+                yield F.conv2d(part, some, groups=groups).permute(0, 2, 3, 1)
+
+    return products
+
+
+def _as_image(weight: Tensor, geometry: Geometry) -> Tensor:
+    """[N, K] -> [N, C, kh, kw]."""
+    return weight.unflatten(1, (*geometry.kernel_size, -1)).permute(0, 3, 1, 2)
 
 
 @outside_autocast
-def qconv2d_ref(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-) -> Tensor:
-    dtype = compute_dtype(x)
-    weight = codes(qweight, zero_point, dtype)
-    y = F.conv2d(x.to(dtype), weight, None, stride, padding, dilation, groups)  # [B, N, H', W']
-    return epilogue(y, _column(scale), None if bias is None else _column(bias)).to(x.dtype)
+def qconv2d_ref(*args: Any) -> Tensor:
+    call, geometry = _split(args)
+    if call.residual is not None:
+        call = call._replace(residual=call.residual.permute(0, 2, 3, 1))
+    y = evaluate(call, _layer(call, geometry), _products(geometry))
+    return y.permute(0, 3, 1, 2)
 
 
-def _column(vector: Tensor) -> Tensor:
-    """[N] -> [N, 1, 1], to meet [B, N, H', W']."""
-    return vector.view(-1, 1, 1)
-
-
-def _fake(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-) -> Tensor:
-    _check(x, qweight, scale, zero_point, bias, stride, padding, dilation, groups)
-    # Torch's own fake convolution knows when the output is channels_last.
-    return F.conv2d(x, qweight.to(x.dtype), None, stride, padding, dilation, groups)
+def _fake(*args: Any) -> Tensor:
+    call, geometry = _split(args)
+    _check(call, geometry)
+    layer = _layer(call, geometry)
+    y = call.x.new_empty((*layer.lead, layer.n), dtype=call.result_dtype)
+    return y.permute(0, 3, 1, 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scale, zero_point, bias, *ctx.geometry = inputs
-    refuse_scale_grad("qconv2d", scale)
-    ctx.bias_needs_grad = bias is not None and bias.requires_grad
-    ctx.save_for_backward(qweight, scale, zero_point)
-    ctx.shape, ctx.dtype = x.shape, compute_dtype(x)
+    call, geometry = _split(inputs)
+    setup_context(ctx, call, _layer(call, geometry))
+    ctx.geometry, ctx.shape = geometry, call.x.shape
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x and bias; the codes are frozen."""
-    qweight, scale, zero_point = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        scaled = (grad * _column(scale)).to(ctx.dtype)  # [B, N, H', W']
-        weight = codes(qweight, zero_point, ctx.dtype)
-        grad_x = conv2d_input(ctx.shape, weight, scaled, *ctx.geometry)
-        grad_x = grad_x.to(grad.dtype)
-    if ctx.bias_needs_grad:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    geometry = ctx.geometry
 
+    def input_gradient(weight: Tensor, grad: Tensor) -> Tensor:
+        weight, grad = _as_image(weight, geometry), grad.permute(0, 3, 1, 2)
+        return conv2d_input(ctx.shape, weight, grad, *geometry[1:])
 
-def _device_of(x: Tensor, *_: object) -> torch.device:
-    return x.device
+    grad = grad.permute(0, 2, 3, 1)
+    x, bias, residual = gradients(ctx, grad, _products(geometry), input_gradient)
+    residual = None if residual is None else residual.permute(0, 3, 1, 2)
+    by_name = {"x": x, "bias": bias, "residual": residual}
+    names = (*Call._fields[:5], *Geometry._fields, *Call._fields[5:])
+    return tuple(by_name.get(name) for name in names)
 
 
 def _examples() -> Iterator[Example]:
-    codes = torch.arange(8 * 6 * 9).remainder(255).sub(127).to(torch.int8).view(8, 6, 3, 3)
-    scale = torch.linspace(1e-3, 2e-3, 8)
-    zero_point = torch.arange(-4, 4, dtype=torch.int8)
-    plain = ([1, 1], [0, 0], [1, 1], 1)
-    padded = ([2, 2], [1, 1], [1, 1], 1)
-    for dtype in FLOATS:
+    padded = Geometry([3, 3], [2, 2], [1, 1])
+
+    def example(call: Call, geometry: Geometry = padded) -> Example:
+        return *call[:5], *geometry, *call[5:]
+
+    for weight, dtype, noise in _quantized.examples((8, 6, 3, 3), (1, 18, 1, 9)):
         x = torch.linspace(-1, 1, 2 * 6 * 7 * 9).to(dtype).view(2, 6, 7, 9)
-        bias = torch.linspace(-1, 1, 8).to(dtype)
-        yield x, codes, scale, None, bias, *plain
-        yield x, codes, scale, zero_point, None, *padded
-    x, last = torch.ones(2, 6, 7, 9), torch.channels_last
-    yield x, codes.to(memory_format=last), scale, None, None, *padded
-    yield x.to(memory_format=last), codes.to(memory_format=last), scale, None, None, *plain
-    yield x, codes[:, :3], scale, None, None, [1, 2], [2, 1], [2, 1], 2
-    yield x[:0], codes, scale, zero_point, torch.ones(8), *plain
-    yield x.clone().requires_grad_(), codes, scale, zero_point, torch.ones(8), *padded
+        for act_bits in (16, 8):
+            plain = Call(x, **weight, act_bits=act_bits)
+            yield example(plain._replace(bias=torch.linspace(-1, 1, 8).to(dtype)))
+            yield example(plain._replace(**noise))
+        codes = x.mul(127).to(torch.int8)
+        yield example(plain._replace(x=codes, x_scale=torch.linspace(0.5, 1, 2)))
+    more: dict[str, Any] = {"in_scale": torch.linspace(0.5, 2, 6), "activation": "silu"}
+    more |= {"residual": torch.ones(2, 8, 4, 5).half(), "out_dtype": torch.bfloat16}
+    yield example(plain._replace(**more))
+    x = x.float()
+    halves = Geometry([3, 3], [1, 2], [2, 1], [2, 1], 2)
+    for changed in (x.to(memory_format=torch.channels_last), x.transpose(2, 3), x[:0]):
+        yield example(plain._replace(x=changed))
+    yield example(plain._replace(x=torch.cat([x, x], 1), act_bits=16), halves)
+    trained = x.clone().requires_grad_()
+    yield example(plain._replace(x=trained, bias=torch.ones(8, requires_grad=True)))
+    more = {"residual": torch.ones(2, 8, 4, 5, requires_grad=True), "in_scale": torch.ones(6)}
+    yield example(plain._replace(x=trained, act_bits=16, activation="gelu", **more))
 
 
 _op = define(
     SCHEMA,
     reference=qconv2d_ref,
     fake=_fake,
-    device_of=_device_of,
+    device_of=lambda x, *_: x.device,
     examples=_examples,
+    backends=backends("qconv2d"),
     backward=_backward,
     setup_context=_setup_context,
 )
@@ -177,44 +195,68 @@ def qconv2d(
     scale: Tensor,
     zero_point: Tensor | None = None,
     bias: Tensor | None = None,
+    kernel_size: int | Sequence[int] = 1,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    bits: int = 8,
+    act_bits: int = 16,
+    x_scale: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    perturb: str = "none",
+    kind: str = "rademacher",
+    seed: int = 0,
+    stream: int = 0,
+    draws: Sequence[int] = (),
+    coeffs: Sequence[float] | Tensor | None = None,
+    headroom: int = 0,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """A 2-d convolution whose weight is stored as integers:
-    y[b, n] = scale[n] * sum_c x[b, c] (*) (qweight[n, c] - zero_point[n]) + bias[n].
+    """A 2-d convolution whose weight w = scale * (q - zero_point) is stored as integers q:
+    y = activation(conv2d(x, w) + bias) + residual.
 
-    The product runs in the dtype of x (float16 in fp32, where unscaled sums cannot overflow), also
-    under autocast. The reference casts the codes for the length of the call; nothing is kept.
-    Gradients flow to x and bias; the codes are frozen. Where x and qweight are both channels_last
-    nothing is rearranged; the output is channels_last if one of them is.
+    What is said of `qlinear` holds here too, with these differences: activations have one scale
+    for each picture of the batch, the K = kh * kw * C inputs of an output are in the order of tap
+    and then channel, and the result is channels_last, whatever x is.
 
     Args:
-        x: fp32, bf16, fp16 or fp64 [B, C, H, W].
-        qweight: int8 [N, C / groups, kh, kw].
-        scale: fp32 [N], the weight's units per code.
-        zero_point: int8 [N], the code of weight 0; None is 0.
+        x: fp32, bf16, fp16 or fp64 [B, C, H, W], any strides; or int8 codes with `x_scale`.
+        qweight: uint8, the codes q [N, C / groups, kh, kw] as `zo_kernels.packing.pack` lays them
+            out.
+        scale: fp32 [N], or [N, G] for G groups of K / G inputs, which divide the channels of a tap.
+        zero_point: int8 in the shape of scale, the code of weight 0; None is 0.
         bias: floating [N]; None is 0.
-        stride, padding, dilation: pixels, one int or (vertical, horizontal); padding with zeros.
+        kernel_size, stride, padding, dilation: pixels, one int or (vertical, horizontal).
         groups: number of independent groups of channels.
+        x_scale: fp32 [B], one for each picture of int8 x.
+        in_scale: fp32 [C], multiplied to floating x first.
+        bits, act_bits, activation, residual, perturb, kind, seed, stream, draws, coeffs, headroom,
+            out_dtype: see `qlinear`; the noise of a weight is counted over [N, kh, kw, C / groups].
 
     Returns:
-        [B, N, H', W'] in the dtype of x.
+        [B, N, H', W'], channels_last. Pictures that hold NaN or infinity come out as NaN with
+        act_bits=8.
 
     Raises:
-        TypeError: a tensor has another dtype.
-        ValueError: shapes do not fit each other, a number is out of range, or the tensors are on
-            several devices.
-        NotImplementedError: scale requires a gradient.
+        TypeError, ValueError, NotImplementedError: see `qlinear`.
 
     Example:
         >>> codes, scale = zo_kernels.quant.absmax(conv.weight)
-        >>> y = qconv2d(x, codes, scale, bias=conv.bias, padding=conv.padding)
+        >>> y = qconv2d(x, pack(codes), scale, bias=conv.bias, kernel_size=3, padding=1)
     """
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    _check(x, qweight, scale, zero_point, bias, stride, padding, dilation, groups)
-    y: Tensor = _op(x, qweight, scale, zero_point, bias, stride, padding, dilation, groups)
+    seed, draws, coeffs = _quantized.normalized("qconv2d", seed, draws, coeffs, perturb, headroom)
+    call = Call(
+        *(x, qweight, scale, zero_point, bias, bits, act_bits, x_scale, in_scale, activation),
+        *(residual, perturb, kind, seed, stream, draws, coeffs, headroom, out_dtype),
+    )
+    pairs = (_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation))
+    geometry = Geometry(*pairs, groups)
+    _check(call, geometry)
+    y: Tensor = _op(*call[:5], *geometry, *call[5:])
     return y
 
 

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of `qlinear` or `qconv2d` consists of, and its checks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zo_kernels import rng
+from zo_kernels.ops import _updates
+from zo_kernels.packing import STEP, pack, packed_shape
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = ("none", "silu", "gelu")
+PERTURBATIONS = ("none", "scale", "scale_relative", "weight", "codes")
+MAX_K = 65536  # 65536 products of 128 and 255 are below 2^31
+LANES = {8: 1, 4: 16}  # bits -> units of a lane in a step of one code
+MAX_HEADROOM = {8: 127, 4: 15}
+# What both schemas end with: the fields of `Call` from `bits` on.
+SCHEMA_TAIL = (
+    "int bits=8, int act_bits=16, Tensor? x_scale=None, Tensor? in_scale=None, "
+    'str activation="none", Tensor? residual=None, str perturb="none", str kind="rademacher", '
+    "SymInt seed=0, SymInt stream=0, SymInt[] draws=[], Tensor? coeffs=None, int headroom=0, "
+    "ScalarType? out_dtype=None"
+)
+
+
+class Call(NamedTuple):
+    """The arguments of `qlinear` in the order of its schema; `qconv2d` has its geometry besides."""
+
+    x: Tensor
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    bias: Tensor | None = None
+    bits: int = 8
+    act_bits: int = 16
+    x_scale: Tensor | None = None
+    in_scale: Tensor | None = None
+    activation: str = "none"
+    residual: Tensor | None = None
+    perturb: str = "none"
+    kind: str = "rademacher"
+    seed: int = 0
+    stream: int = 0
+    draws: Sequence[int] = ()
+    coeffs: Tensor | None = None
+    headroom: int = 0
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether integers are accumulated."""
+        return self.act_bits == 8 or self.x.dtype == torch.int8
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What sums are scaled and added in."""
+        whole = self.is_integer or self.x.dtype != torch.float64
+        return torch.float32 if whole else torch.float64
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        if self.out_dtype is not None:
+            return self.out_dtype
+        return torch.float32 if self.x.dtype == torch.int8 else self.x.dtype
+
+    @property
+    def scale_groups(self) -> int:
+        return 1 if self.scale.dim() == 1 else self.scale.shape[1]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the shapes of a call say; outputs are [*lead, N] here, also those of a convolution.
+
+    Attributes:
+        op: its name.
+        n: output channels N.
+        taps, channels: the K = taps * channels terms of an output; channels are those of a group.
+        lead: shape of the output without N.
+        inputs: size of the axis of x that `in_scale` goes along.
+        per_sample: an activation scale covers x[b], else a row x[..., :].
+    """
+
+    op: str
+    n: int
+    taps: int
+    channels: int
+    lead: tuple[int, ...]
+    inputs: int
+    per_sample: bool
+
+    @property
+    def k(self) -> int:
+        return self.taps * self.channels
+
+
+def refusal(op: str, name: str, requirement: str, got: object, advice: str) -> str:
+    return f"{op}: {name} must be {requirement}, got {got}; {advice}"
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int],
+    advice: str,
+) -> None:
+    if value.dtype not in dtypes:
+        raise TypeError(refusal(op, name, names(dtypes), value.dtype, "cast it"))
+    if value.shape != torch.Size(shape):
+        raise ValueError(refusal(op, name, str(list(shape)), f"shape {list(value.shape)}", advice))
+
+
+def check_input(op: str, x: Tensor, ok: bool, shape: str) -> None:
+    """Raise unless x can be quantized, or multiplied with a quantized weight."""
+    if x.dtype not in (*FLOATS, torch.int8):
+        raise TypeError(refusal(op, "x", names((*FLOATS, torch.int8)), x.dtype, "cast it"))
+    if not ok:
+        got = f"shape {list(x.shape)}"
+        raise ValueError(refusal(op, "x", shape, got, "check which layer it feeds"))
+
+
+def check(call: Call, layer: Layer) -> None:
+    """Raise unless the arguments fit each other; the values of tensors are not read."""
+    op, x = layer.op, call.x
+    for name, value, known in (
+        ("bits", call.bits, tuple(STEP)),
+        ("act_bits", call.act_bits, (16, 8)),
+        ("activation", call.activation, ACTIVATIONS),
+        ("perturb", call.perturb, PERTURBATIONS),
+        ("kind", call.kind, rng.KINDS),
+        ("out_dtype", call.out_dtype, (None, *FLOATS)),
+    ):
+        if value not in known:
+            raise ValueError(refusal(op, name, f"one of {known}", repr(value), "choose one"))
+    _check_weight(call, layer)
+    optional = (
+        ("bias", call.bias, FLOATS, (layer.n,), "give one value per output channel"),
+        ("in_scale", call.in_scale, (torch.float32,), (layer.inputs,), "one per input channel"),
+        ("x_scale", call.x_scale, (torch.float32,), _scales_of(call, layer), "see quantize_rows"),
+        ("residual", call.residual, FLOATS, _result(layer), "give it the shape of the output"),
+    )
+    for name, tensor, dtypes, shape, advice in optional:
+        if tensor is not None:
+            check_tensor(op, name, tensor, dtypes, shape, advice)
+    for name, tensor in (
+        ("qweight", call.qweight),
+        ("scale", call.scale),
+        ("zero_point", call.zero_point),
+        *((name, tensor) for name, tensor, *_ in optional),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            where = f"on the device of x ({x.device})"
+            raise ValueError(
+                refusal(op, name, where, tensor.device, "move the module or the input")
+            )
+    if (x.dtype == torch.int8) != (call.x_scale is not None):
+        got = f"x {x.dtype} {'with' if call.x_scale is not None else 'without'} x_scale"
+        advice = "give what quantize_rows returned, or floating x alone"
+        raise ValueError(refusal(op, "x_scale", "given where x is int8, else not", got, advice))
+    if x.dtype == torch.int8 and call.in_scale is not None:
+        advice = "give it to quantize_rows"
+        raise ValueError(refusal(op, "in_scale", "None where x is int8", "one", advice))
+    if call.is_integer and layer.k > MAX_K:
+        advice = "use act_bits=16, or split the layer"
+        limit = f"at most {MAX_K} where integers are accumulated in 32 bits"
+        raise ValueError(refusal(op, "K", limit, layer.k, advice))
+    _check_perturbation(call, layer)
+
+
+def _scales_of(call: Call, layer: Layer) -> Sequence[int]:
+    return call.x.shape[:1] if layer.per_sample else call.x.shape[:-1]
+
+
+def _result(layer: Layer) -> Sequence[int]:
+    if not layer.per_sample:
+        return *layer.lead, layer.n
+    batch, *picture = layer.lead
+    return batch, layer.n, *picture
+
+
+def _check_weight(call: Call, layer: Layer) -> None:
+    op, scale = layer.op, call.scale
+    if scale.dtype != torch.float32:
+        raise TypeError(refusal(op, "scale", "float32", scale.dtype, "cast it"))
+    if scale.dim() not in (1, 2) or not scale.numel():
+        got = f"shape {list(scale.shape)}"
+        advice = "one value per output channel, or per group of its inputs"
+        raise ValueError(refusal(op, "scale", "[N] or [N, groups]", got, advice))
+    if call.qweight.dtype != torch.uint8:
+        advice = "give what zo_kernels.packing.pack makes of the codes"
+        raise TypeError(refusal(op, "qweight", "uint8", call.qweight.dtype, advice))
+    shape = packed_shape((layer.n, layer.channels, 1, layer.taps), call.bits)
+    if tuple(call.qweight.shape) != shape:
+        weight = f"{list(shape)}, {layer.n} rows of {layer.taps} * {layer.channels} codes of "
+        raise ValueError(
+            refusal(
+                *(op, "qweight", f"{weight}{call.bits} bits", list(call.qweight.shape)),
+                "check which layer x feeds, and that packing.pack of this version made it",
+            )
+        )
+    parts = call.scale_groups
+    if parts > 1 and (layer.k % parts or layer.channels % (layer.k // parts)):
+        requirement = f"of groups that divide the {layer.channels} input channels"
+        got = f"{parts} groups for {layer.taps} * {layer.channels}"
+        raise ValueError(refusal(op, "scale", requirement, got, "choose another group size"))
+    if call.zero_point is not None:
+        advice = "give one zero point for each scale"
+        check_tensor(op, "zero_point", call.zero_point, (torch.int8,), scale.shape, advice)
+
+
+def _check_perturbation(call: Call, layer: Layer) -> None:
+    op, perturb, count, coeffs = layer.op, call.perturb, len(call.draws), call.coeffs
+    if perturb == "none":
+        if count or coeffs is not None:
+            advice = "say what to perturb, or leave them out"
+            raise ValueError(refusal(op, "draws", "none where perturb='none'", count, advice))
+        return
+    if not count:
+        advice = "give one for each perturbation, or perturb='none'"
+        raise ValueError(refusal(op, "draws", "at least one", 0, advice))
+    if (
+        coeffs is None
+        or coeffs.shape != (count,)
+        or coeffs.dtype != torch.float32
+        or coeffs.device.type != "cpu"
+    ):
+        got = None if coeffs is None else f"{coeffs.dtype} {list(coeffs.shape)} on {coeffs.device}"
+        requirement = f"a float32 tensor [{count}] on the CPU"
+        raise ValueError(refusal(op, "coeffs", requirement, got, "give one for each draw"))
+    if call.x.dim() < 2 or call.x.shape[0] % count:
+        requirement = f"of a batch that {count} perturbations divide"
+        got = f"shape {list(call.x.shape)}"
+        raise ValueError(refusal(op, "x", requirement, got, "give each the same number of samples"))
+    if not 0 <= call.stream <= rng.WORD:
+        raise ValueError(refusal(op, "stream", "in [0, 2^32)", call.stream, "number from 0"))
+    if not perturb.startswith("scale") and call.kind != "rademacher":
+        requirement = f"'rademacher' where perturb={perturb!r}"
+        raise ValueError(refusal(op, "kind", requirement, repr(call.kind), "perturb the scales"))
+    if perturb == "codes":
+        limit = MAX_HEADROOM[call.bits]
+        if not 0 < call.headroom <= limit:
+            requirement = f"1 to {limit} where perturb='codes'"
+            advice = "quantize with headroom, or use perturb='weight'"
+            raise ValueError(refusal(op, "headroom", requirement, call.headroom, advice))
+        if call.zero_point is not None:
+            advice = "use perturb='weight'"
+            raise ValueError(refusal(op, "zero_point", "None where perturb='codes'", "one", advice))
+
+
+def steps(op: str, coeffs: Tensor, headroom: int) -> list[int]:
+    """The values of `coeffs` where perturb="codes".
+
+    Raises:
+        ValueError: one is not a whole number, or exceeds the headroom.
+    """
+    for value in coeffs.tolist():
+        if value != value or abs(value) > headroom or value != int(value):
+            requirement = f"whole numbers up to the headroom of {headroom}"
+            advice = "round it, or use perturb='weight'"
+            raise ValueError(refusal(op, "coeffs", requirement, value, advice))
+    return [int(value) for value in coeffs.tolist()]
+
+
+def normalized(
+    op: str,
+    seed: int,
+    draws: Sequence[int],
+    coeffs: Sequence[float] | Tensor | None,
+    perturb: str,
+    headroom: int,
+) -> tuple[int, list[int], Tensor | None]:
+    """seed, draws and coeffs as the schema wants them."""
+    if coeffs is not None and not isinstance(coeffs, Tensor):
+        coeffs = _updates.float32(op, "coeffs", coeffs)
+    if perturb == "codes" and coeffs is not None and not torch.compiler.is_compiling():
+        steps(op, coeffs, headroom)
+    wrapped = [_updates.int64(op, "draws", draw) for draw in draws]
+    return _updates.int64(op, "seed", seed), wrapped, coeffs
+
+
+def examples(
+    shape: Sequence[int], parts: Sequence[int]
+) -> Iterator[tuple[dict[str, Any], torch.dtype, dict[str, Any]]]:
+    """What describes a weight of `shape` in 8 and in 4 bits, with one or several scales for a row
+    and with zero points or not; a dtype of x; and what describes a perturbation of it."""
+    g = torch.Generator().manual_seed(0)
+    where = {"seed": -5, "stream": rng.WORD, "draws": [3, -(2**40)], "headroom": 2}
+    for i, (bits, zero) in enumerate(((8, False), (8, True), (4, True), (4, False))):
+        codes = torch.randint(-7, 8, tuple(shape), dtype=torch.int8, generator=g)
+        scale = torch.linspace(1e-3, 2e-3, shape[0] * parts[i]).view(shape[0], parts[i])
+        scale = scale.squeeze(1) if parts[i] == 1 else scale
+        zero_point = torch.randint(-4, 4, scale.shape, dtype=torch.int8, generator=g)
+        weight = {"qweight": pack(codes, bits), "scale": scale, "bits": bits}
+        weight |= {"zero_point": zero_point} if zero else {}
+        coeffs = torch.tensor([1.0, -2.0])
+        yield weight, FLOATS[i], where | {"coeffs": coeffs, "perturb": PERTURBATIONS[1 + i]}

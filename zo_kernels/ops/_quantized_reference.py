@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of `qlinear` and `qconv2d` in plain torch.
+
+Where activations are integers every step is an exact integer operation or one correctly rounded
+fp32 operation, in the order written here and never contracted to fma; kernels repeat it to the bit:
+
+    acc_g[m, n] = sum over k in group g of a[m, k] * (q[n, k] - z[n, g])
+    y = acc_0 * scale[n, 0] + acc_1 * scale[n, 1] + ...;  y = y * x_scale[m];  y = y + bias[n]
+    y = activation(y);  y = y + residual
+
+fp64 holds the integer sums exactly, whatever the order that a matrix product adds them in.
+Otherwise the product runs in the dtype of x where the output has it too, else in fp32.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zo_kernels import rng
+from zo_kernels.ops._quantized import LANES, Call, Layer, steps
+from zo_kernels.ops.quantize_rows import quantize_rows_ref
+from zo_kernels.packing import unpack_rows
+
+# Inputs [B, ...] and codes [N, K] to the sums over each group of k, [..., N] each.
+Products = Callable[[Tensor, Tensor, int], Iterable[Tensor]]
+ACTIVATION = {"none": lambda y: y, "silu": F.silu, "gelu": F.gelu}
+
+
+def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `function` as if autocast were off: the dtype of x decides, as the schema says.
+
+    Autocast would reach the matmul inside a reference and run unscaled sums in float16.
+    """
+
+    @wraps(function)
+    def wrapper(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapper
+
+
+def evaluate(call: Call, layer: Layer, products: Products) -> Tensor:
+    """[*lead, N], contiguous; `residual` of the call lies the same way."""
+    a, x_scale, dtype = _activations(call, layer)
+    q = codes(call, layer, dtype)
+    out = call.x.new_empty((*layer.lead, layer.n), dtype=call.result_dtype)
+    for p, rows in _parts(call):
+        sums: Iterable[Tensor] = products(a[rows], q, call.scale_groups)
+        scale = call.scale
+        if call.perturb.startswith("scale"):
+            scale = _perturbed_scale(call, p)
+        elif call.perturb != "none":
+            signs = _noise(call, p, (layer.n, layer.k)).to(dtype)
+            both = zip(sums, products(a[rows], signs, call.scale_groups), strict=True)
+            step, unit = _step(call, layer, p)
+            sums = (_moved(call, plain, sign, step, unit) for plain, sign in both)
+            if call.is_integer:
+                scale = scale * (1 / unit)
+        per_row = None if x_scale is None else x_scale[rows]
+        residual = None if call.residual is None else call.residual[rows]
+        out[rows] = _epilogue(call, sums, scale, per_row, residual)
+    return out
+
+
+def _activations(call: Call, layer: Layer) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """What is multiplied, its scale where it is integers, and the dtype of the product."""
+    x, x_scale = call.x, call.x_scale
+    if call.is_integer:
+        if x_scale is None:
+            x, x_scale = quantize_rows_ref(x, layer.per_sample, call.in_scale)
+        return x.double(), x_scale, torch.float64
+    # fp16 overflows at 65504, which unscaled sums do reach.
+    keeps = x.dtype == call.result_dtype == torch.bfloat16
+    dtype = torch.bfloat16 if keeps else call.wide
+    if call.in_scale is not None:
+        x = x.to(call.wide) * along_inputs(call.in_scale, layer)
+    return x.to(dtype), None, dtype
+
+
+def along_inputs(vector: Tensor, layer: Layer) -> Tensor:
+    return vector.view(-1, 1, 1) if layer.per_sample else vector
+
+
+def codes(call: Call, layer: Layer, dtype: torch.dtype) -> Tensor:
+    """q - z, [N, K]: integers up to 255, exact in bf16. Lives for one call."""
+    q = unpack_rows(call.qweight, layer.n, layer.taps, layer.channels, call.bits)
+    values = q.flatten(1).to(dtype)
+    if call.zero_point is not None:
+        zero_point = call.zero_point.to(dtype).view(layer.n, -1, 1)
+        values.view(layer.n, call.scale_groups, -1).sub_(zero_point)
+    return values
+
+
+def _parts(call: Call) -> Iterator[tuple[int, Any]]:
+    """Each perturbation with its samples; one with all of them where there is none."""
+    if call.perturb == "none":
+        yield 0, ...
+        return
+    size = call.x.shape[0] // len(call.draws)
+    for p in range(len(call.draws)):
+        yield p, slice(p * size, (p + 1) * size)
+
+
+def _noise(call: Call, p: int, shape: Sequence[int]) -> Tensor:
+    where: dict[str, Any] = {"seed": call.seed, "draw": call.draws[p], "stream": call.stream}
+    return rng.noise(shape, kind=call.kind, device=call.x.device, **where)
+
+
+def _coefficients(call: Call) -> list[float]:
+    assert call.coeffs is not None  # where something is perturbed; `check` sees to it
+    return call.coeffs.tolist()
+
+
+def _perturbed_scale(call: Call, p: int) -> Tensor:
+    change = _coefficients(call)[p] * _noise(call, p, call.scale.shape)
+    return call.scale + change if call.perturb == "scale" else call.scale * (1.0 + change)
+
+
+def _step(call: Call, layer: Layer, p: int) -> tuple[float, int]:
+    """The coefficient of R in units of a code / unit, and that unit."""
+    if call.perturb == "weight":
+        return _coefficients(call)[p], 1
+    assert call.coeffs is not None
+    return steps(layer.op, call.coeffs, call.headroom)[p], LANES[call.bits]
+
+
+def _moved(call: Call, sums: Tensor, signs: Tensor, step: float, unit: int) -> Tensor:
+    """The sums over codes that were moved by `step` R."""
+    if not call.is_integer:
+        return sums.to(call.wide) + (step / unit) * signs.to(call.wide)
+    if call.perturb == "codes":
+        return unit * sums + step * signs  # integers
+    return sums.float() + step * signs.float()
+
+
+def _epilogue(
+    call: Call,
+    sums: Iterable[Tensor],
+    scale: Tensor,
+    x_scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    columns = scale.view(scale.shape[0], -1).unbind(1)
+    terms = (acc.to(call.wide) * s for acc, s in zip(sums, columns, strict=True))
+    y = next(terms)
+    for term in terms:
+        y += term
+    if x_scale is not None:
+        y *= x_scale.view(*x_scale.shape, *[1] * (y.dim() - x_scale.dim()))
+    if call.bias is not None:
+        y += call.bias.to(call.wide)
+    y = ACTIVATION[call.activation](y)
+    return y if residual is None else y + residual.to(call.wide)
