@@ -2,7 +2,6 @@
 """What a call of `qlinear` or `qconv2d` consists of, and its checks."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,12 @@ from torch import Tensor
 
 from zo_kernels import rng
 from zo_kernels.ops import _updates
-from zo_kernels.packing import STEP, pack, packed_shape
+from zo_kernels.packing import pack, packed_shape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP32, INT8, UINT8 = (torch.float32,), (torch.int8,), (torch.uint8,)
+INPUTS, RESULTS = (*FLOATS, torch.int8), (None, *FLOATS)
+BITS, ACT_BITS = (8, 4), (16, 8)
 ACTIVATIONS = ("none", "silu", "gelu")
 PERTURBATIONS = ("none", "scale", "scale_relative", "weight", "codes")
 MAX_K = 65536  # 65536 products of 128 and 255 are below 2^31
@@ -72,8 +74,7 @@ class Call(NamedTuple):
         return 1 if self.scale.dim() == 1 else self.scale.shape[1]
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """What the shapes of a call say; outputs are [*lead, N] here, also those of a convolution.
 
     Attributes:
@@ -113,18 +114,23 @@ def check_tensor(
     value: Tensor,
     dtypes: Sequence[torch.dtype],
     shape: Sequence[int],
+    device: torch.device,
     advice: str,
 ) -> None:
+    """`device` is that of x."""
     if value.dtype not in dtypes:
         raise TypeError(refusal(op, name, names(dtypes), value.dtype, "cast it"))
-    if value.shape != torch.Size(shape):
+    if value.shape != shape:
         raise ValueError(refusal(op, name, str(list(shape)), f"shape {list(value.shape)}", advice))
+    if value.device != device:
+        where = f"on the device of x ({device})"
+        raise ValueError(refusal(op, name, where, value.device, "move the module or the input"))
 
 
 def check_input(op: str, x: Tensor, ok: bool, shape: str) -> None:
-    """Raise unless x can be quantized, or multiplied with a quantized weight."""
-    if x.dtype not in (*FLOATS, torch.int8):
-        raise TypeError(refusal(op, "x", names((*FLOATS, torch.int8)), x.dtype, "cast it"))
+    """Raise unless x can be multiplied with a quantized weight."""
+    if x.dtype not in INPUTS:
+        raise TypeError(refusal(op, "x", names(INPUTS), x.dtype, "cast it"))
     if not ok:
         got = f"shape {list(x.shape)}"
         raise ValueError(refusal(op, "x", shape, got, "check which layer it feeds"))
@@ -134,36 +140,30 @@ def check(call: Call, layer: Layer) -> None:
     """Raise unless the arguments fit each other; the values of tensors are not read."""
     op, x = layer.op, call.x
     for name, value, known in (
-        ("bits", call.bits, tuple(STEP)),
-        ("act_bits", call.act_bits, (16, 8)),
+        ("bits", call.bits, BITS),
+        ("act_bits", call.act_bits, ACT_BITS),
         ("activation", call.activation, ACTIVATIONS),
         ("perturb", call.perturb, PERTURBATIONS),
         ("kind", call.kind, rng.KINDS),
-        ("out_dtype", call.out_dtype, (None, *FLOATS)),
+        ("out_dtype", call.out_dtype, RESULTS),
     ):
         if value not in known:
             raise ValueError(refusal(op, name, f"one of {known}", repr(value), "choose one"))
     _check_weight(call, layer)
-    optional = (
-        ("bias", call.bias, FLOATS, (layer.n,), "give one value per output channel"),
-        ("in_scale", call.in_scale, (torch.float32,), (layer.inputs,), "one per input channel"),
-        ("x_scale", call.x_scale, (torch.float32,), _scales_of(call, layer), "see quantize_rows"),
-        ("residual", call.residual, FLOATS, _result(layer), "give it the shape of the output"),
-    )
-    for name, tensor, dtypes, shape, advice in optional:
-        if tensor is not None:
-            check_tensor(op, name, tensor, dtypes, shape, advice)
-    for name, tensor in (
-        ("qweight", call.qweight),
-        ("scale", call.scale),
-        ("zero_point", call.zero_point),
-        *((name, tensor) for name, tensor, *_ in optional),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            where = f"on the device of x ({x.device})"
-            raise ValueError(
-                refusal(op, name, where, tensor.device, "move the module or the input")
-            )
+    device = x.device
+    if call.bias is not None:
+        advice = "give one value per output channel"
+        check_tensor(op, "bias", call.bias, FLOATS, (layer.n,), device, advice)
+    if call.in_scale is not None:
+        advice = "give one value per input channel"
+        check_tensor(op, "in_scale", call.in_scale, FP32, (layer.inputs,), device, advice)
+    if call.x_scale is not None:
+        shape = x.shape[:1] if layer.per_sample else x.shape[:-1]
+        advice = "give what quantize_rows returned"
+        check_tensor(op, "x_scale", call.x_scale, FP32, shape, device, advice)
+    if call.residual is not None:
+        advice = "give it the shape of the output"
+        check_tensor(op, "residual", call.residual, FLOATS, _result(layer), device, advice)
     if (x.dtype == torch.int8) != (call.x_scale is not None):
         got = f"x {x.dtype} {'with' if call.x_scale is not None else 'without'} x_scale"
         advice = "give what quantize_rows returned, or floating x alone"
@@ -178,10 +178,6 @@ def check(call: Call, layer: Layer) -> None:
     _check_perturbation(call, layer)
 
 
-def _scales_of(call: Call, layer: Layer) -> Sequence[int]:
-    return call.x.shape[:1] if layer.per_sample else call.x.shape[:-1]
-
-
 def _result(layer: Layer) -> Sequence[int]:
     if not layer.per_sample:
         return *layer.lead, layer.n
@@ -191,24 +187,21 @@ def _result(layer: Layer) -> Sequence[int]:
 
 def _check_weight(call: Call, layer: Layer) -> None:
     op, scale = layer.op, call.scale
-    if scale.dtype != torch.float32:
-        raise TypeError(refusal(op, "scale", "float32", scale.dtype, "cast it"))
     if scale.dim() not in (1, 2) or not scale.numel():
         got = f"shape {list(scale.shape)}"
         advice = "one value per output channel, or per group of its inputs"
         raise ValueError(refusal(op, "scale", "[N] or [N, groups]", got, advice))
+    check_tensor(op, "scale", scale, FP32, scale.shape, call.x.device, "")
     if call.qweight.dtype != torch.uint8:
         advice = "give what zo_kernels.packing.pack makes of the codes"
         raise TypeError(refusal(op, "qweight", "uint8", call.qweight.dtype, advice))
     shape = packed_shape((layer.n, layer.channels, 1, layer.taps), call.bits)
-    if tuple(call.qweight.shape) != shape:
-        weight = f"{list(shape)}, {layer.n} rows of {layer.taps} * {layer.channels} codes of "
-        raise ValueError(
-            refusal(
-                *(op, "qweight", f"{weight}{call.bits} bits", list(call.qweight.shape)),
-                "check which layer x feeds, and that packing.pack of this version made it",
-            )
-        )
+    if call.qweight.shape != shape:
+        codes = f"{layer.n} rows of {layer.taps} * {layer.channels} codes of {call.bits} bits"
+        advice = "check which layer x feeds, and that packing.pack of this version made it"
+        requirement, got = f"{list(shape)}, {codes}", f"shape {list(call.qweight.shape)}"
+        raise ValueError(refusal(op, "qweight", requirement, got, advice))
+    check_tensor(op, "qweight", call.qweight, UINT8, shape, call.x.device, "")
     parts = call.scale_groups
     if parts > 1 and (layer.k % parts or layer.channels % (layer.k // parts)):
         requirement = f"of groups that divide the {layer.channels} input channels"
@@ -216,7 +209,8 @@ def _check_weight(call: Call, layer: Layer) -> None:
         raise ValueError(refusal(op, "scale", requirement, got, "choose another group size"))
     if call.zero_point is not None:
         advice = "give one zero point for each scale"
-        check_tensor(op, "zero_point", call.zero_point, (torch.int8,), scale.shape, advice)
+        device = call.x.device
+        check_tensor(op, "zero_point", call.zero_point, INT8, scale.shape, device, advice)
 
 
 def _check_perturbation(call: Call, layer: Layer) -> None:
@@ -283,6 +277,8 @@ def normalized(
     """seed, draws and coeffs as the schema wants them."""
     if coeffs is not None and not isinstance(coeffs, Tensor):
         coeffs = _updates.float32(op, "coeffs", coeffs)
+    elif coeffs is not None:
+        coeffs = coeffs.contiguous()
     if perturb == "codes" and coeffs is not None and not torch.compiler.is_compiling():
         steps(op, coeffs, headroom)
     wrapped = [_updates.int64(op, "draws", draw) for draw in draws]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels._registry import Example, define
-from zo_kernels.ops._quantized import FLOATS, check_tensor, names, refusal
+from zo_kernels.ops._quantized import FLOATS, FP32, check_tensor, names, refusal
 from zo_kernels.ops._quantized_backend import backends
 
 SCHEMA = "quantize_rows(Tensor x, bool per_sample=False, Tensor? in_scale=None) -> (Tensor, Tensor)"
@@ -34,10 +34,7 @@ def _check(x: Tensor, per_sample: bool = False, in_scale: Tensor | None = None) 
     if in_scale is not None:
         channels = x.shape[1 if per_sample else -1]
         advice = "one per input channel"
-        check_tensor(op, "in_scale", in_scale, (torch.float32,), (channels,), advice)
-        if in_scale.device != x.device:
-            where = f"on the device of x ({x.device})"
-            raise ValueError(refusal(op, "in_scale", where, in_scale.device, "move it"))
+        check_tensor(op, "in_scale", in_scale, FP32, (channels,), x.device, advice)
 
 
 def quantize_rows_ref(
