@@ -1,181 +1,403 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_twins import (
+    FLOATS,
+    Weight,
+    assert_same_numbers,
+    everywhere,
+    integer_twin,
+    misaligned,
+    quantize_twin,
+    strided,
+)
 
-from zo_kernels.ops import qlinear
+from zo_kernels.ops import qlinear, quantize_rows, use_backend
+from zo_kernels.packing import pack
+from zo_kernels.testing import SIZES, assert_close_to_math, assert_same_bits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = (1, 7, 63, 127, 1000)
-
-
-def layer(n, k, dtype=torch.float32, m=5, zero_point=False, seed=0):
-    """x, qweight, scale, zero_point and bias of a layer with N(0, 1/K) weights."""
-    g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(m, k, generator=g).to(dtype),
-        torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=g),
-        (torch.rand(n, generator=g) + 0.5) / (73 * k**0.5),
-        torch.randint(-128, 128, (n,), dtype=torch.int8, generator=g) if zero_point else None,
-        torch.randn(n, generator=g).to(dtype),
-    )
-
-
-def exact(x, qweight, scale, zero_point=None, bias=None):
-    """The equation in fp64, on the same inputs."""
-    codes = qweight.double()
-    if zero_point is not None:
-        codes = codes - zero_point.double()[:, None]
-    y = x.double() @ (codes * scale.double()[:, None]).T
-    return y if bias is None else y + bias.double()
+INF, NAN = float("inf"), float("nan")
+# bits, groups of 63 or 192 inputs, zero points
+KINDS = [(8, 1, False), (8, 3, True), (4, 1, True), (4, 3, False), (8, 1, True), (4, 1, False)]
 
 
-def error(y, truth):
-    return (y.double() - truth).norm() / truth.norm()
+def randn(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(s, 63) for s in SIZES] + [(7, s) for s in SIZES])
-@pytest.mark.parametrize("zero_point", [False, True])
-def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(n, k, dtype, zero_point):
-    x, qweight, scale, zero, bias = layer(n, k, dtype, zero_point=zero_point)
-    truth = exact(x, qweight, scale, zero, bias)
-    weight = exact(torch.eye(k), qweight, scale, zero).T.to(dtype)
-    torch_error = error(F.linear(x, weight, bias), truth)
-    y = qlinear(x, qweight, scale, zero, bias)
-    assert y.dtype == dtype
-    assert error(y, truth) <= 2 * torch_error + torch.finfo(dtype).eps
+def check_integers(x, weight, bias=None, in_scale=None, backends=1, **more):
+    """Bits of the twin, on every backend; on `backends` of them at least."""
+    codes, scale = quantize_twin(x.reshape(-1, x.shape[-1]), in_scale)
+    out = more.get("out_dtype") or x.dtype
+    residual = more.get("residual")
+    flat = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    expected = integer_twin(codes, scale, weight, bias, flat, out=out)
+    more |= weight.arguments | {"bias": bias, "in_scale": in_scale, "act_bits": 8}
+    results = list(everywhere(qlinear, x, **more))
+    assert len(results) >= backends
+    for backend, y in results:
+        assert y.is_contiguous()
+        assert_same_numbers(y, expected.view(*x.shape[:-1], -1), backend)
 
 
-@pytest.mark.parametrize("m", SIZES)
-def test_rows(m):
-    args = layer(7, 63, m=m)
-    torch.testing.assert_close(qlinear(*args).double(), exact(*args), rtol=1e-5, atol=1e-5)
+def check_floats(x, weight, bias=None, in_scale=None):
+    """At most twice the error of torch with a dequantized weight in the dtype of x."""
+    real, dtype = weight.real(), x.dtype
+    scaled = x if in_scale is None else x.float() * in_scale
+    exact = scaled.double() @ real.T
+    exact = exact if bias is None else exact + bias.double()
+    by_torch = F.linear(scaled.to(dtype), real.to(dtype), None if bias is None else bias.to(dtype))
+    for _, y in everywhere(qlinear, x, **weight.arguments, bias=bias, in_scale=in_scale):
+        assert_close_to_math(y, by_torch, exact)
 
 
-@pytest.mark.parametrize("lead", [(), (0,), (2, 3), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("bits", "groups", "zero"), KINDS)
+def test_kinds(bits, groups, zero, dtype):
+    for k in (63, 192):
+        weight = Weight((33, k), bits, groups, zero)
+        x, bias = randn(9, k, dtype=dtype), randn(33, dtype=dtype)
+        check_integers(x, weight, bias)
+        check_floats(x, weight, bias)
+        check_floats(x, weight)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("axis", ["m", "n", "k"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sizes(bits, axis, size):
+    shape = {"m": 5, "n": 7, "k": 63} | {axis: size}
+    weight, x = Weight((shape["n"], shape["k"]), bits), randn(shape["m"], shape["k"])
+    check_integers(x, weight)
+    check_floats(x, weight)
+
+
+@pytest.mark.parametrize("m", [1, 2, 12, 13, 77, 257])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (8, 5), (4, 1), (4, 10), (4, 20)])
+def test_shapes_of_models(bits, groups, zero, m):
+    """Several panels, several blocks of K, groups of 640, 128, 64 and 32."""
+    weight, x = Weight((320, 640), bits, groups, zero), randn(m, 640)
+    check_integers(x, weight, randn(320))
+    check_floats(x, weight, randn(320))
+
+
+@pytest.mark.parametrize("bias_dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("x_dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("out", [*FLOATS, torch.float64, None], ids=str)
+def test_dtypes(out, x_dtype, bias_dtype):
+    weight, x = Weight((17, 40)), randn(6, 40, dtype=x_dtype)
+    bias, residual = randn(17, dtype=bias_dtype), randn(6, 17, dtype=bias_dtype, seed=2)
+    check_integers(x, weight, bias, out_dtype=out, residual=residual)
+    for backend, y in everywhere(qlinear, x, **weight.arguments, residual=residual, out_dtype=out):
+        assert y.dtype == (out or x_dtype), backend
+        exact = x.double() @ weight.real().T + residual.double()
+        coarsest = min((x_dtype, y.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+        error = (y.double() - exact).abs().max() / exact.abs().max()
+        assert error <= 4 * max(torch.finfo(coarsest).eps, 1e-7), backend
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_and_scales_that_are_given(bits):
+    weight, x = Weight((20, 48), bits), randn(3, 2, 48)
+    codes, scale = quantize_rows(x)
+    for (_, direct), (backend, given) in zip(
+        everywhere(qlinear, x, **weight.arguments, act_bits=8),
+        everywhere(qlinear, codes, **weight.arguments, x_scale=scale),
+        strict=True,
+    ):
+        assert given.dtype == torch.float32
+        assert_same_numbers(given, direct, backend)
+    codes = torch.full((2, 48), -128, dtype=torch.int8)  # which quantize_rows never makes
+    expected = integer_twin(codes, torch.ones(2), weight)
+    for backend, y in everywhere(qlinear, codes, **weight.arguments, x_scale=torch.ones(2)):
+        assert_same_numbers(y, expected, backend)
+
+
+def test_input_scale():
+    weight, factor = Weight((20, 48), 4, 3), randn(48, seed=3).abs()
+    for dtype in FLOATS:
+        check_integers(randn(5, 48, dtype=dtype), weight, in_scale=factor)
+        check_floats(randn(5, 48, dtype=dtype), weight, in_scale=factor)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_activations(act_bits, activation):
+    """Judged on the sums that the same backend gives without one."""
+    function = {"silu": F.silu, "gelu": F.gelu}[activation]
+    weight, x, residual = Weight((300, 40)), 4 * randn(90, 40), randn(90, 300, seed=2)
+    more = weight.arguments | {"act_bits": act_bits}
+    for (_, plain), (_, y), (_, summed) in zip(
+        everywhere(qlinear, x, **more),
+        everywhere(qlinear, x, **more, activation=activation),
+        everywhere(qlinear, x, **more, activation=activation, residual=residual),
+        strict=True,
+    ):
+        assert_close_to_math(y, function(plain), function(plain.double()))
+        assert_same_bits(summed, y + residual)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_activations_far_from_zero(activation):
+    """The sums are the values of x."""
+    x = torch.tensor([0.0, 1e-30, 5.0, 20.0, 90.0, 1e4, 1e30, -1e-30, -5.0, -20.0, -90.0, -1e30])
+    exact = {"silu": F.silu, "gelu": F.gelu}[activation](x.double())
+    weight = {"qweight": pack(torch.ones(1, 1, dtype=torch.int8)), "scale": torch.ones(1)}
+    for backend, y in everywhere(qlinear, x[:, None], **weight, activation=activation):
+        close = torch.isclose(y[:, 0].double(), exact, rtol=3e-6, atol=2e-6)
+        assert close.all(), (backend, y[~close], exact[~close])
+
+
+@pytest.mark.parametrize("lead", [(), (0,), (2, 3), (2, 0, 3), (2, 1, 1, 3)], ids=str)
 def test_leading_dimensions(lead):
-    _, qweight, scale, _, bias = layer(4, 6)
-    x = torch.randn(*lead, 6, generator=torch.Generator().manual_seed(1))
-    y = qlinear(x, qweight, scale, bias=bias)
-    assert y.shape == (*lead, 4)
-    truth = exact(x, qweight, scale, bias=bias)
-    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5)
+    weight, x = Weight((4, 6)), randn(*lead, 6)
+    if 0 not in lead:
+        check_integers(x, weight)
+    for act_bits in (8, 16):
+        for backend, y in everywhere(qlinear, x, **weight.arguments, act_bits=act_bits):
+            assert y.shape == (*lead, 4), backend
+            exact = x.double() @ weight.real().T
+            torch.testing.assert_close(y.double(), exact, rtol=0.02, atol=0.02)
 
 
-def test_strided_and_misaligned_inputs_change_nothing():
-    x, qweight, scale, _, bias = layer(9, 14)
-    expected = qlinear(x, qweight, scale, bias=bias)
-    strided = torch.stack([x, x], 2)[..., 0]
-    shifted = torch.cat([torch.zeros(1, dtype=torch.int8), qweight.flatten()])[1:].view(9, 14)
-    assert not strided.is_contiguous() and shifted.storage_offset() == 1
-    torch.testing.assert_close(qlinear(strided, shifted, scale, bias=bias), expected)
-    assert torch.equal(qlinear(x, qweight.T.contiguous().T, scale, bias=bias), expected)
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_strided_and_misaligned_inputs_change_nothing(bits, act_bits):
+    weight, x = Weight((19, 70), bits, zero=True), randn(5, 70)
+    more = weight.arguments | {"bias": randn(19), "residual": randn(5, 19), "act_bits": act_bits}
+    for change in (strided, misaligned):
+        changed = {k: change(v) if torch.is_tensor(v) else v for k, v in more.items()}
+        for (backend, y), (_, same) in zip(
+            everywhere(qlinear, x, **more), everywhere(qlinear, change(x), **changed), strict=True
+        ):
+            if act_bits == 8:
+                assert_same_numbers(same, y, backend)
+            torch.testing.assert_close(same, y)
+    for backend, y in everywhere(qlinear, x.T.contiguous().T, **more):
+        torch.testing.assert_close(y, qlinear(x, **more), msg=backend)
 
 
 def test_inputs_are_not_changed():
-    args = layer(4, 6, zero_point=True)
-    before = [t.clone() for t in args]
-    qlinear(*args)
-    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+    weight = Weight((4, 6), zero=True)
+    args = {"x": randn(5, 6), "bias": randn(4), "residual": randn(5, 4)} | weight.arguments
+    before = {k: v.clone() for k, v in args.items() if torch.is_tensor(v)}
+    for act_bits in (8, 16):
+        for _ in everywhere(qlinear, **args, act_bits=act_bits):
+            assert all(torch.equal(args[k], v) for k, v in before.items())
+
+
+def test_the_largest_sum_fits():
+    """K = 65536 products of 128 and 255, and one more is refused."""
+    k = 65536
+    codes = torch.full((1, k), -128, dtype=torch.int8)
+    weight = {"qweight": pack(torch.full((1, k), 127, dtype=torch.int8)), "scale": torch.ones(1)}
+    weight["zero_point"] = torch.tensor([-128], dtype=torch.int8)
+    for backend, y in everywhere(qlinear, codes, **weight, x_scale=torch.ones(1)):
+        assert y.item() == -128.0 * 255 * k, backend
+    x = torch.ones(1, k + 1)
+    weight["qweight"] = pack(torch.full((1, k + 1), 127, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"qlinear: K must be at most 65536 where .* got 65537"):
+        qlinear(x, **weight, act_bits=8)
+    torch.testing.assert_close(qlinear(x, **weight).item(), 255.0 * (k + 1))
 
 
 def test_float16_sums_beyond_its_range_do_not_overflow():
     x = torch.full((1, 1024), 8.0, dtype=torch.float16)
-    qweight = torch.full((1, 1024), 127, dtype=torch.int8)
-    y = qlinear(x, qweight, torch.tensor([1e-3]))  # the unscaled sum is 1,040,384
-    torch.testing.assert_close(y, torch.tensor([[1040.384]], dtype=torch.float16))
+    packed = pack(torch.full((1, 1024), 127, dtype=torch.int8))
+    for act_bits in (8, 16):
+        for _, y in everywhere(qlinear, x, packed, torch.tensor([1e-3]), act_bits=act_bits):
+            torch.testing.assert_close(y, torch.tensor([[1040.384]], dtype=torch.float16))
 
 
-def test_nan_and_infinity_surface():
-    x, qweight, scale, _, bias = layer(4, 6)
-    x[0, 0], x[1, 0] = float("nan"), float("inf")
-    qweight[:, 0] = 1
-    y = qlinear(x, qweight, scale, bias=bias)
-    assert y[0].isnan().all() and y[1].isinf().all() and y[2:].isfinite().all()
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_what_is_not_finite_surfaces_in_its_row_alone(act_bits, bits):
+    weight, x = Weight((40, 70), bits), randn(9, 70)
+    weight.codes[:, 3] = 1
+    more = weight.arguments | {"act_bits": act_bits}
+    for value in (NAN, INF, -INF):
+        bad = x.clone()
+        bad[4, 3] = value
+        for (backend, y), (_, usual) in zip(
+            everywhere(qlinear, bad, **more), everywhere(qlinear, x, **more), strict=True
+        ):
+            assert not y[4].isfinite().any(), backend
+            assert y[4].isnan().all() or act_bits == 16, backend
+            others = torch.arange(9) != 4
+            assert_same_bits(y[others], usual[others])
 
 
-def test_autocast_leaves_the_dtype_of_x():
-    args = layer(4, 6)
-    expected = qlinear(*args)
+def test_scales_that_are_not_finite_surface():
+    weight, x = Weight((4, 6)), randn(5, 6)
+    weight.scale[1] = NAN
+    for act_bits in (8, 16):
+        for backend, y in everywhere(qlinear, x, **weight.arguments, act_bits=act_bits):
+            assert y[:, 1].isnan().all() and y[:, [0, 2, 3]].isfinite().all(), backend
+
+
+def test_rows_of_zeros():
+    weight, x = Weight((4, 6), zero=True), torch.zeros(3, 6)
+    for act_bits in (8, 16):
+        for _, y in everywhere(qlinear, x, **weight.arguments, act_bits=act_bits, bias=randn(4)):
+            assert_same_bits(y, randn(4).expand(3, 4))
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_autocast_leaves_the_dtype_of_x(act_bits):
+    weight, x = Weight((4, 6)), randn(5, 6)
+    expected = qlinear(x, **weight.arguments, act_bits=act_bits)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(qlinear(*args), expected)
+        assert torch.equal(qlinear(x, **weight.arguments, act_bits=act_bits), expected)
 
 
-def test_only_the_output_stays_allocated():
-    x, qweight, scale, _, bias = layer(200, 300)
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        y = qlinear(x, qweight, scale, bias=bias)
-    events = {e.key: e for e in profile.key_averages()}
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_only_the_output_stays_allocated(backend, act_bits):
+    weight, x = Weight((200, 300)), randn(5, 300)
+    with torch.no_grad(), use_backend(backend), torch.profiler.profile(profile_memory=True) as seen:
+        y = qlinear(x, **weight.arguments, act_bits=act_bits)
+    events = {e.key: e for e in seen.key_averages()}
     kept = events["zo_kernels::qlinear"].cpu_memory_usage
     assert y.nbytes <= kept <= y.nbytes + 64 * 4  # the allocator rounds up
 
 
-@pytest.mark.parametrize("zero_point", [False, True])
-def test_gradients_of_x_and_bias(zero_point):
-    x, qweight, scale, zero, bias = layer(4, 6, torch.float64, zero_point=zero_point)
+@pytest.mark.parametrize(("bits", "groups", "zero"), KINDS)
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu"])
+def test_gradients(activation, bits, groups, zero):
+    weight = Weight((4, 6), bits, groups, zero)
+    x, bias, residual = (randn(*s, dtype=torch.float64) for s in ((2, 5, 6), (4,), (2, 5, 4)))
+    more = weight.arguments | {"activation": activation, "in_scale": randn(6).abs()}
 
-    def f(x, bias):
-        return qlinear(x, qweight, scale, zero, bias)
+    def f(x, bias, residual):
+        return qlinear(x, bias=bias, residual=residual, **more)
 
-    assert torch.autograd.gradcheck(f, (x.requires_grad_(), bias.requires_grad_()))
-    only_x = qlinear(x, qweight, scale, zero)
+    leaves = [t.requires_grad_() for t in (x, bias, residual)]
+    assert torch.autograd.gradcheck(f, leaves)
+    only_x = qlinear(x, **more)
     assert torch.autograd.grad(only_x.sum(), x)[0].shape == x.shape
 
 
-def test_gradient_of_scale_is_refused():
-    x, qweight, scale, _, bias = layer(4, 6)
-    with pytest.raises(NotImplementedError, match="qlinear: scale must not require a gradient"):
-        qlinear(x, qweight, scale.requires_grad_(), bias=bias)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_gradients_pass_straight_through_the_rounding(activation, dtype):
+    """As if the rounded activations had been given, in the dtype of each input."""
+    weight, x = Weight((8, 6), 4, 3), randn(5, 6, dtype=dtype).requires_grad_()
+    bias, residual = randn(8).requires_grad_(), randn(5, 8).bfloat16().requires_grad_()
+    more = {"bias": bias, "residual": residual, "activation": activation}
+    y = qlinear(x, **weight.arguments, **more, act_bits=8)
+    grads = torch.autograd.grad((y.float() * randn(5, 8)).sum(), (x, bias, residual))
+    assert [g.dtype for g in grads] == [dtype, torch.float32, torch.bfloat16]
+
+    codes, scale = quantize_rows(x)
+    rounded = (codes.double() * scale.double()[:, None]).requires_grad_()
+    exact = rounded @ weight.real().T + bias.detach().double()
+    exact = {"none": lambda y: y, "silu": F.silu}[activation](exact)
+    (wanted,) = torch.autograd.grad((exact * randn(5, 8)).sum(), rounded)
+    error = (grads[0].double() - wanted).abs().max() / wanted.abs().max()
+    assert error < 6 * torch.finfo(dtype).eps + 1e-6
+
+
+def test_gradients_that_are_refused():
+    weight, x = Weight((4, 6)), randn(4, 6).requires_grad_()
+    for name in ("scale", "in_scale"):
+        args = {"in_scale": torch.ones(6)} | weight.arguments
+        args[name] = args[name].clone().requires_grad_()
+        message = f"qlinear: {name} must not require a gradient"
+        with pytest.raises(NotImplementedError, match=message):
+            qlinear(x, **args)
+        with torch.no_grad():
+            qlinear(x, **args)
+    args = weight.arguments | {"perturb": "scale", "draws": [0], "coeffs": [0.1]}
+    with pytest.raises(NotImplementedError, match="qlinear: perturb must be 'none' where a grad"):
+        qlinear(x, **args)
     with torch.no_grad():
-        qlinear(x, qweight, scale, bias=bias)
+        qlinear(x, **args)
 
 
-def test_compiles_without_breaks_or_recompiles():
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_compiles_without_breaks_or_recompiles(act_bits):
     compiled = torch.compile(qlinear, fullgraph=True, backend="aot_eager")
     for seed in (0, 1):
-        args = layer(4, 6, seed=seed)
+        weight, x = Weight((4, 6), seed=seed), randn(5, 6, seed=seed)
+        more = weight.arguments | {"act_bits": act_bits, "bias": randn(4, seed=seed)}
         with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
-            torch.testing.assert_close(compiled(*args), qlinear(*args))
+            torch.testing.assert_close(compiled(x, **more), qlinear(x, **more))
 
 
-BAD = {
-    "x int": ({"x": torch.ones(5, 6, dtype=torch.int32)}, TypeError, r"x must be float32, "),
-    "x scalar": ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[\.\.\., 6\]"),
-    "x width": ({"x": torch.ones(5, 7)}, ValueError, r"x must be \[\.\.\., 6\] .* got .*\(5, 7\)"),
-    "codes float": ({"qweight": torch.ones(4, 6)}, TypeError, r"qweight must be int8, got torch"),
-    "codes 3d": (
-        {"qweight": torch.ones(4, 6, 1, dtype=torch.int8)},
+X, W, SCALE = torch.ones(5, 6), pack(torch.zeros(4, 6, dtype=torch.int8)), torch.ones(4)
+INT8, META = torch.zeros(5, 6, dtype=torch.int8), {"device": "meta"}
+NO_GROUPS = "scale must be of groups that divide the 6 input channels, got"
+BAD = [
+    (TypeError, "x must be float32, bfloat16, float16, float64 or int8, got", {"x": X.int()}),
+    (ValueError, "x must be [..., K], got shape []", {"x": torch.tensor(1.0)}),
+    (ValueError, "x must be [..., K], got shape [5, 0]", {"x": X[:, :0]}),
+    (
         ValueError,
-        r"qweight must be \[N, K\], got shape \(4, 6, 1\)",
+        "qweight must be [1, 3, 16, 4], 4 rows of 1 * 9 codes of 8 bits, got shape [1, 2, 16, 4]",
+        {"x": torch.ones(5, 9)},
     ),
-    "scale shape": ({"scale": torch.ones(5)}, ValueError, r"scale must be \[4\], one value per"),
-    "scale column": ({"scale": torch.ones(4, 1)}, ValueError, r"scale must be \[4\], one"),
-    "scale dtype": (
-        {"scale": torch.ones(4, dtype=torch.bfloat16)},
+    (ValueError, "qweight must be [1, 1, 16, 4], 4 rows of 1 * 6 codes of 4 bits", {"bits": 4}),
+    (ValueError, "qweight must be [2, 2, 16, 4], 17 rows", {"scale": torch.ones(17)}),
+    (ValueError, "qweight must be [1, 2, 16, 4], 4 rows", {"qweight": W.view(2, 1, 16, 4)}),
+    (ValueError, "qweight must be [1, 2, 16, 4], 4 rows", {"qweight": W.view(-1)}),
+    (TypeError, "qweight must be uint8, got torch.int8; give", {"qweight": W.char()}),
+    (TypeError, "qweight must be uint8, got torch.float32; give", {"qweight": torch.ones(4, 6)}),
+    (ValueError, "scale must be [N] or [N, groups], got shape []", {"scale": torch.tensor(1.0)}),
+    (ValueError, "scale must be [N] or [N, groups], got shape [0]", {"scale": SCALE[:0]}),
+    (ValueError, "scale must be [N] or [N, groups], got", {"scale": torch.ones(4, 1, 1)}),
+    (ValueError, f"{NO_GROUPS} 4 groups for 1 * 6", {"scale": torch.ones(4, 4)}),
+    (ValueError, f"{NO_GROUPS} 12 groups for 1 * 6", {"scale": torch.ones(4, 12)}),
+    (TypeError, "scale must be float32, got torch.bfloat16", {"scale": SCALE.bfloat16()}),
+    (TypeError, "zero_point must be int8, got torch.float32", {"zero_point": torch.zeros(4)}),
+    (ValueError, "zero_point must be [4], got shape [3]", {"zero_point": INT8[0, :3]}),
+    (
+        ValueError,
+        "zero_point must be [4, 2], got shape [4]",
+        {"scale": torch.ones(4, 2), "zero_point": INT8[0, :4]},
+    ),
+    (ValueError, "bias must be [4], got shape [3]", {"bias": torch.ones(3)}),
+    (TypeError, "bias must be float32, bfloat16, float16 or float64", {"bias": SCALE.int()}),
+    (ValueError, "bits must be one of (8, 4), got 2; choose one", {"bits": 2}),
+    (ValueError, "act_bits must be one of (16, 8), got 4; choose one", {"act_bits": 4}),
+    (ValueError, "activation must be one of ('none', 'silu', 'gelu')", {"activation": "relu"}),
+    (ValueError, "out_dtype must be one of (None, ", {"out_dtype": torch.int8}),
+    (ValueError, "x_scale must be given where x is int8, else not", {"x": INT8}),
+    (ValueError, "x_scale must be given where x is int8, else", {"x_scale": torch.ones(5)}),
+    (ValueError, "x_scale must be [5], got shape [6]", {"x": INT8, "x_scale": torch.ones(6)}),
+    (
         TypeError,
-        r"scale must be float32, got torch.bfloat16",
+        "x_scale must be float32, got torch.float64",
+        {"x": INT8, "x_scale": torch.ones(5).double()},
     ),
-    "zero dtype": ({"zero_point": torch.zeros(4)}, TypeError, r"zero_point must be int8, got"),
-    "zero shape": (
-        {"zero_point": torch.zeros(3, dtype=torch.int8)},
+    (
         ValueError,
-        r"zero_point must be \[4\]",
+        "in_scale must be None where x is int8",
+        {"x": INT8, "x_scale": torch.ones(5), "in_scale": torch.ones(6)},
     ),
-    "bias shape": ({"bias": torch.ones(3)}, ValueError, r"bias must be \[4\], one value per"),
-    "bias dtype": ({"bias": torch.ones(4).int()}, TypeError, r"bias must be float32 or bfloat16"),
-    "device": (
-        {"scale": torch.ones(4, device="meta")},
-        ValueError,
-        r"scale must be on the device of x \(cpu\), got meta",
+    (ValueError, "in_scale must be [6], got shape [4]", {"in_scale": SCALE}),
+    (TypeError, "in_scale must be float32, got torch.float16", {"in_scale": X[0].half()}),
+    (ValueError, "residual must be [5, 4], got shape [4]", {"residual": SCALE}),
+    (TypeError, "residual must be float32, bfloat16", {"residual": INT8[:, :4]}),
+    *(
+        (ValueError, f"{name} must be on the device of x (cpu), got meta", {name: value})
+        for name, value in {
+            "qweight": W.to("meta"),
+            "scale": SCALE.to("meta"),
+            "zero_point": torch.zeros(4, dtype=torch.int8, **META),
+            "bias": torch.ones(4, **META),
+            "in_scale": torch.ones(6, **META),
+            "residual": torch.ones(5, 4, **META),
+        }.items()
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_input(case):
-    change, kind, text = BAD[case]
-    x, qweight, scale, _, bias = layer(4, 6)
-    args = {"x": x, "qweight": qweight, "scale": scale, "bias": bias}
-    with pytest.raises(kind, match=f"qlinear: {text}"):
-        qlinear(**{**args, **change})
+    kind, text, change = BAD[case]
+    with pytest.raises(kind, match=re.escape(f"qlinear: {text}")):
+        qlinear(**{"x": X, "qweight": W, "scale": SCALE} | change)

@@ -127,13 +127,22 @@ def check_tensor(
         raise ValueError(refusal(op, name, where, value.device, "move the module or the input"))
 
 
-def check_input(op: str, x: Tensor, ok: bool, shape: str) -> None:
-    """Raise unless x can be multiplied with a quantized weight."""
+def check_operands(op: str, call: Call, ok: bool, shape: str) -> None:
+    """Raise unless x and scale have axes to read the sizes of a layer from.
+
+    Args:
+        ok: whether x is of `shape`.
+    """
+    x, scale = call.x, call.scale
     if x.dtype not in INPUTS:
         raise TypeError(refusal(op, "x", names(INPUTS), x.dtype, "cast it"))
     if not ok:
         got = f"shape {list(x.shape)}"
         raise ValueError(refusal(op, "x", shape, got, "check which layer it feeds"))
+    if scale.dim() not in (1, 2) or not scale.numel():
+        got = f"shape {list(scale.shape)}"
+        advice = "one value per output channel, or per group of its inputs"
+        raise ValueError(refusal(op, "scale", "[N] or [N, groups]", got, advice))
 
 
 def check(call: Call, layer: Layer) -> None:
@@ -187,10 +196,6 @@ def _result(layer: Layer) -> Sequence[int]:
 
 def _check_weight(call: Call, layer: Layer) -> None:
     op, scale = layer.op, call.scale
-    if scale.dim() not in (1, 2) or not scale.numel():
-        got = f"shape {list(scale.shape)}"
-        advice = "one value per output channel, or per group of its inputs"
-        raise ValueError(refusal(op, "scale", "[N] or [N, groups]", got, advice))
     check_tensor(op, "scale", scale, FP32, scale.shape, call.x.device, "")
     if call.qweight.dtype != torch.uint8:
         advice = "give what zo_kernels.packing.pack makes of the codes"

@@ -52,13 +52,13 @@ def evaluate(call: Call, layer: Layer, products: Products) -> Tensor:
     q = codes(call, layer, dtype)
     out = call.x.new_empty((*layer.lead, layer.n), dtype=call.result_dtype)
     for p, rows in _parts(call):
-        sums: Iterable[Tensor] = products(a[rows], q, call.scale_groups)
+        sums = _sums(call, products, a[rows], q)
         scale = call.scale
         if call.perturb.startswith("scale"):
             scale = _perturbed_scale(call, p)
         elif call.perturb != "none":
             signs = _noise(call, p, (layer.n, layer.k)).to(dtype)
-            both = zip(sums, products(a[rows], signs, call.scale_groups), strict=True)
+            both = zip(sums, _sums(call, products, a[rows], signs), strict=True)
             step, unit = _step(call, layer, p)
             sums = (_moved(call, plain, sign, step, unit) for plain, sign in both)
             if call.is_integer:
@@ -67,6 +67,11 @@ def evaluate(call: Call, layer: Layer, products: Products) -> Tensor:
         residual = None if call.residual is None else call.residual[rows]
         out[rows] = _epilogue(call, sums, scale, per_row, residual)
     return out
+
+
+def _sums(call: Call, products: Products, a: Tensor, weight: Tensor) -> Iterable[Tensor]:
+    sums = products(a, weight, call.scale_groups)
+    return (acc.to(torch.int32) for acc in sums) if call.is_integer else sums
 
 
 def _activations(call: Call, layer: Layer) -> tuple[Tensor, Tensor | None, torch.dtype]:
@@ -136,7 +141,7 @@ def _moved(call: Call, sums: Tensor, signs: Tensor, step: float, unit: int) -> T
     if not call.is_integer:
         return sums.to(call.wide) + (step / unit) * signs.to(call.wide)
     if call.perturb == "codes":
-        return unit * sums + step * signs  # integers
+        return unit * sums + int(step) * signs
     return sums.float() + step * signs.float()
 
 

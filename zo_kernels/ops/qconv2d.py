@@ -55,13 +55,13 @@ def _layer(call: Call, geometry: Geometry) -> Layer:
 
 def _check(call: Call, geometry: Geometry) -> None:
     op, x, groups = "qconv2d", call.x, geometry.groups
-    _quantized.check_input(op, x, x.dim() == 4 and x.shape[1] > 0, "[B, C, H, W]")
+    _quantized.check_operands(op, call, x.dim() == 4 and x.shape[1] > 0, "[B, C, H, W]")
     for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
         pair = getattr(geometry, name)
         if min(pair) < least:
             requirement, advice = f"at least {least}", "copy it from the float layer"
             raise ValueError(refusal(op, name, requirement, tuple(pair), advice))
-    outputs, inputs = call.scale.shape[0] if call.scale.dim() else 0, x.shape[1]
+    outputs, inputs = call.scale.shape[0], x.shape[1]
     if groups < 1 or outputs % groups or inputs % groups:
         requirement = f"positive and divide {inputs} input and {outputs} output channels"
         raise ValueError(refusal(op, "groups", requirement, groups, "copy it from the float layer"))

@@ -35,7 +35,7 @@ def _layer(call: Call) -> Layer:
 
 def _check(call: Call) -> None:
     x = call.x
-    _quantized.check_input("qlinear", x, x.dim() > 0 and x.shape[-1] > 0, "[..., K]")
+    _quantized.check_operands("qlinear", call, x.dim() > 0 and x.shape[-1] > 0, "[..., K]")
     _quantized.check(call, _layer(call))
 
 
