@@ -1,200 +1,395 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
-
-from zo_kernels.ops import qconv2d
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = (1, 7, 63, 127, 1000)
-GEOMETRIES = (
-    {},
-    {"padding": 1},
-    {"stride": 2, "padding": 1},
-    {"stride": (2, 1), "padding": (0, 2)},
-    {"padding": 2, "dilation": 2},
-    {"padding": 1, "groups": 2},
+from quantized_twins import (
+    FLOATS,
+    Weight,
+    assert_same_numbers,
+    everywhere,
+    integer_twin,
+    misaligned,
+    patches,
+    quantize_twin,
+    strided,
 )
 
+from zo_kernels.ops import qconv2d, quantize_rows, use_backend
+from zo_kernels.packing import pack
+from zo_kernels.testing import SIZES, assert_close_to_math, assert_same_bits
 
-def layer(n=8, c=6, dtype=torch.float32, kernel=(3, 3), size=(9, 7), groups=1, zero_point=False):
-    """x, qweight, scale, zero_point and bias of a layer with N(0, 1/fan-in) weights."""
-    g = torch.Generator().manual_seed(0)
-    fan_in = c // groups * kernel[0] * kernel[1]
-    return (
-        torch.randn(3, c, *size, generator=g).to(dtype),
-        torch.randint(-127, 128, (n, c // groups, *kernel), dtype=torch.int8, generator=g),
-        (torch.rand(n, generator=g) + 0.5) / (73 * fan_in**0.5),
-        torch.randint(-128, 128, (n,), dtype=torch.int8, generator=g) if zero_point else None,
-        torch.randn(n, generator=g).to(dtype),
+INF, NAN = float("inf"), float("nan")
+LAST = torch.channels_last
+# kernel, geometry
+GEOMETRIES = [
+    ((1, 1), {}),
+    ((1, 1), {"stride": 2}),
+    ((3, 3), {}),
+    ((3, 3), {"padding": 1}),
+    ((3, 3), {"stride": 2, "padding": 1}),
+    ((3, 3), {"stride": (2, 1), "padding": (0, 2)}),
+    ((3, 3), {"padding": 2, "dilation": 2}),
+    ((3, 3), {"padding": 4, "dilation": (1, 3)}),
+    ((1, 3), {"padding": (0, 1)}),
+    ((5, 2), {"padding": (3, 1), "stride": 3}),
+    ((4, 4), {"stride": 4}),
+]
+# bits, scales for a tap, zero points
+KINDS = [(8, 1, False), (8, 2, True), (4, 1, True), (4, 4, False), (8, 1, True), (4, 1, False)]
+
+
+def randn(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check_integers(x, weight, kernel, bias=None, in_scale=None, residual=None, out=None, **where):
+    """Bits of the twin, on every backend."""
+    factor = None if in_scale is None else in_scale.view(-1, 1, 1)
+    codes, scale = quantize_twin(x, factor)
+    rows = patches(codes, kernel, **where)
+    batch, height, width, k = rows.shape
+    flat = None if residual is None else residual.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
+    per_row = scale.repeat_interleave(height * width)
+    expected = integer_twin(rows.view(-1, k), per_row, weight, bias, flat, out=out or x.dtype)
+    expected = expected.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    more = {"bias": bias, "in_scale": in_scale, "residual": residual, "act_bits": 8}
+    more |= {"out_dtype": out, "kernel_size": kernel} | weight.arguments | where
+    for backend, y in everywhere(qconv2d, x, **more):
+        assert y.stride() == expected.stride()
+        assert_same_numbers(y, expected, backend)
+
+
+def check_floats(x, weight, kernel, bias=None, in_scale=None, **where):
+    """At most twice the error of torch with a dequantized weight in the dtype of x."""
+    real, dtype = weight.real(), x.dtype
+    scaled = x if in_scale is None else x.float() * in_scale.view(-1, 1, 1)
+    exact = F.conv2d(scaled.double(), real, None if bias is None else bias.double(), **where)
+    own = None if bias is None else bias.to(dtype)
+    by_torch = F.conv2d(scaled.to(dtype), real.to(dtype), own, **where)
+    more = {"bias": bias, "in_scale": in_scale, "kernel_size": kernel} | where
+    for backend, y in everywhere(qconv2d, x, **weight.arguments, **more):
+        assert y.permute(0, 2, 3, 1).is_contiguous(), backend
+        assert_close_to_math(y, by_torch, exact)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("kernel", "where"), GEOMETRIES, ids=str)
+def test_geometries(kernel, where, dtype):
+    weight, x, bias = Weight((18, 6, *kernel)), randn(3, 6, 9, 8, dtype=dtype), randn(18)
+    check_integers(x, weight, kernel, bias, **where)
+    check_floats(x, weight, kernel, bias, **where)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("bits", "parts", "zero"), KINDS)
+def test_kinds(bits, parts, zero, padded):
+    where = {"padding": int(padded)}
+    weight, x = (
+        Weight((18, 12, 3, 3), bits, 9 * parts if parts > 1 else 1, zero),
+        randn(2, 12, 7, 9),
     )
+    check_integers(x, weight, (3, 3), randn(18), **where)
+    check_floats(x, weight, (3, 3), randn(18), **where)
 
 
-def column(vector):
-    return vector.double()[:, None, None, None]
-
-
-def dequantized(qweight, scale, zero_point=None):
-    zero = 0 if zero_point is None else column(zero_point)
-    return (qweight.double() - zero) * column(scale)
-
-
-def exact(x, qweight, scale, zero_point=None, bias=None, **geometry):
-    """The equation in fp64, on the same inputs."""
-    weight = dequantized(qweight, scale, zero_point)
-    return F.conv2d(x.double(), weight, None if bias is None else bias.double(), **geometry)
-
-
-def error(y, truth):
-    return (y.double() - truth).norm() / truth.norm()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("zero_point", [False, True])
-def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(geometry, dtype, zero_point):
-    args = layer(dtype=dtype, groups=geometry.get("groups", 1), zero_point=zero_point)
-    x, qweight, scale, zero, bias = args
-    truth = exact(*args, **geometry)
-    weight = dequantized(qweight, scale, zero).to(dtype)
-    torch_error = error(F.conv2d(x, weight, bias, **geometry), truth)
-    y = qconv2d(*args, **geometry)
-    assert y.dtype == dtype
-    assert error(y, truth) <= 2 * torch_error + torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES[:-1])
 @pytest.mark.parametrize("axis", ["n", "c", "width"])
-def test_sizes(axis, size):
-    shape = {"size": (3, size)} if axis == "width" else {axis: size}
-    args = layer(**shape)
-    truth = exact(*args, padding=1)
-    torch.testing.assert_close(qconv2d(*args, padding=1).double(), truth, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sizes(bits, axis, size):
+    shape = {"n": 7, "c": 6, "width": 5} | {axis: size}
+    weight = Weight((shape["n"], shape["c"], 3, 3), bits)
+    x = randn(2, shape["c"], 3, shape["width"])
+    check_integers(x, weight, (3, 3), padding=1)
+    check_floats(x, weight, (3, 3), padding=1)
 
 
-@pytest.mark.parametrize("kernel", [(1, 1), (1, 3), (5, 2)], ids=str)
-def test_kernels(kernel):
-    args = layer(kernel=kernel)
-    torch.testing.assert_close(qconv2d(*args).double(), exact(*args), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("bits", "parts"), [(8, 1), (8, 2), (4, 1), (4, 5)])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1)])
+def test_shapes_of_models(kernel, stride, bits, parts, zero):
+    """Several panels, several blocks of K, groups of 160 and 64."""
+    taps = kernel[0] * kernel[1]
+    weight = Weight((80, 320, *kernel), bits, taps * parts if parts > 1 else 1, zero)
+    x, where = randn(2, 320, 16, 16).to(memory_format=LAST), {"stride": stride}
+    where["padding"] = kernel[0] // 2
+    check_integers(x, weight, kernel, randn(80), **where)
+    check_floats(x, weight, kernel, randn(80), **where)
 
 
-def test_empty_batch():
-    x, *rest = layer()
-    assert qconv2d(x[:0], *rest, padding=1).shape == (0, 8, 9, 7)
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("parts", [1, 9])
+@pytest.mark.parametrize("groups", [2, 6])
+def test_groups_of_channels(groups, parts, act_bits):
+    """Each group is a convolution of its own; the scale of activations is that of the picture."""
+    weight = Weight((12, 12 // groups, 3, 3), 8, parts, zero=True)
+    x, where = randn(2, 12, 7, 9), {"kernel_size": 3, "padding": 1, "act_bits": act_bits}
+    codes, scale = quantize_rows(x, per_sample=True)
+    outputs = []
+    for i, rows in enumerate(torch.arange(12).chunk(groups)):
+        share = weight.arguments | {"qweight": pack(weight.codes[rows])}
+        share |= {"scale": weight.scale[rows], "zero_point": weight.zero_point[rows]}
+        given = {"x_scale": scale} if act_bits == 8 else {}
+        part = (codes if act_bits == 8 else x).chunk(groups, 1)[i]
+        outputs.append(qconv2d(part, **share, **where, **given))
+    for _, y in everywhere(qconv2d, x, **weight.arguments, **where, groups=groups):
+        torch.testing.assert_close(y, torch.cat(outputs, 1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("x_last", [False, True])
-@pytest.mark.parametrize("weight_last", [False, True])
-def test_memory_formats(x_last, weight_last):
-    x, qweight, *rest = layer()
-    expected = qconv2d(x, qweight, *rest, padding=1)
-    x = x.to(memory_format=torch.channels_last) if x_last else x
-    qweight = qweight.to(memory_format=torch.channels_last) if weight_last else qweight
-    y = qconv2d(x, qweight, *rest, padding=1)
-    torch.testing.assert_close(y, expected)
-    assert y.is_contiguous(memory_format=torch.channels_last) == (x_last or weight_last)
+@pytest.mark.parametrize("out", [*FLOATS, torch.float64, None], ids=str)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_dtypes(dtype, out):
+    weight, x = Weight((17, 6, 3, 3)), randn(2, 6, 5, 7, dtype=dtype)
+    bias, residual = randn(17, dtype=dtype), randn(2, 17, 5, 7, dtype=dtype, seed=2)
+    check_integers(x, weight, (3, 3), bias, residual=residual, out=out, padding=1)
+    more = weight.arguments | {"residual": residual, "out_dtype": out, "kernel_size": 3}
+    for backend, y in everywhere(qconv2d, x, **more, padding=1):
+        assert y.dtype == (out or dtype), backend
+        exact = F.conv2d(x.double(), weight.real(), padding=1) + residual.double()
+        coarsest = max(torch.finfo(d).eps for d in (dtype, y.dtype))
+        error = (y.double() - exact).abs().max() / exact.abs().max()
+        assert error <= 4 * max(coarsest, 1e-7), backend
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_and_scales_that_are_given(bits):
+    weight, x = Weight((20, 6, 3, 3), bits), randn(3, 6, 5, 4)
+    codes, scale = quantize_rows(x, per_sample=True)
+    more = weight.arguments | {"kernel_size": 3, "padding": 1}
+    for change in (lambda t: t, torch.Tensor.contiguous):
+        for (_, direct), (backend, given) in zip(
+            everywhere(qconv2d, x, **more, act_bits=8),
+            everywhere(qconv2d, change(codes), **more, x_scale=scale),
+            strict=True,
+        ):
+            assert given.dtype == torch.float32
+            assert_same_numbers(given, direct, backend)
+
+
+def test_input_scale():
+    weight, factor = Weight((20, 6, 3, 3), 4, 9), randn(6, seed=3).abs()
+    for dtype in FLOATS:
+        x = randn(2, 6, 5, 4, dtype=dtype)
+        check_integers(x, weight, (3, 3), in_scale=factor, padding=1)
+        check_floats(x, weight, (3, 3), in_scale=factor, padding=1)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_activations(act_bits, activation):
+    """Judged on the sums that the same backend gives without one."""
+    function = {"silu": F.silu, "gelu": F.gelu}[activation]
+    weight, x = Weight((40, 16, 3, 3)), 4 * randn(2, 16, 16, 16)
+    residual = randn(2, 40, 14, 14, seed=2)
+    more = weight.arguments | {"act_bits": act_bits, "kernel_size": 3}
+    for (_, plain), (_, y), (_, summed) in zip(
+        everywhere(qconv2d, x, **more),
+        everywhere(qconv2d, x, **more, activation=activation),
+        everywhere(qconv2d, x, **more, activation=activation, residual=residual),
+        strict=True,
+    ):
+        assert_close_to_math(y, function(plain), function(plain.double()))
+        assert_same_bits(summed, y + residual)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_empty_batch(act_bits):
+    weight = Weight((8, 6, 3, 3))
+    more = weight.arguments | {"kernel_size": 3, "padding": 1, "act_bits": act_bits}
+    for backend, y in everywhere(qconv2d, torch.ones(0, 6, 9, 7), **more):
+        assert y.shape == (0, 8, 9, 7), backend
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_layouts_change_nothing(act_bits):
+    weight, x = Weight((19, 7, 3, 3), zero=True), randn(2, 7, 6, 5)
+    more = weight.arguments | {"kernel_size": 3, "padding": 1, "act_bits": act_bits}
+    more |= {"bias": randn(19), "residual": randn(2, 19, 6, 5)}
+    changes = [strided, misaligned, lambda t: t.to(memory_format=LAST) if t.dim() == 4 else t]
+    changes.append(
+        lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() == 4 else t
+    )
+    for change in changes:
+        changed = {
+            k: change(v) if torch.is_tensor(v) and k != "qweight" else v for k, v in more.items()
+        }
+        changed["qweight"] = misaligned(more["qweight"])
+        for (backend, y), (_, same) in zip(
+            everywhere(qconv2d, x, **more), everywhere(qconv2d, change(x), **changed), strict=True
+        ):
+            assert same.permute(0, 2, 3, 1).is_contiguous()
+            if act_bits == 8:
+                assert_same_numbers(same, y, backend)
+            torch.testing.assert_close(same, y)
 
 
 def test_inputs_are_not_changed():
-    args = layer(zero_point=True)
-    before = [t.clone() for t in args]
-    qconv2d(*args)
-    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+    weight = Weight((8, 6, 3, 3), zero=True)
+    args = {"x": randn(2, 6, 5, 4), "bias": randn(8), "residual": randn(2, 8, 3, 2)}
+    args |= weight.arguments
+    before = {k: v.clone() for k, v in args.items() if torch.is_tensor(v)}
+    for act_bits in (8, 16):
+        for _ in everywhere(qconv2d, **args, kernel_size=3, act_bits=act_bits):
+            assert all(torch.equal(args[k], v) for k, v in before.items())
 
 
 def test_float16_sums_beyond_its_range_do_not_overflow():
     x = torch.full((1, 128, 3, 3), 8.0, dtype=torch.float16)
-    qweight = torch.full((1, 128, 3, 3), 127, dtype=torch.int8)
-    y = qconv2d(x, qweight, torch.tensor([1e-3]))  # the unscaled sum is 1,170,432
-    torch.testing.assert_close(y.flatten(), torch.tensor([1170.432], dtype=torch.float16))
+    packed = pack(torch.full((1, 128, 3, 3), 127, dtype=torch.int8))
+    more = {"kernel_size": 3, "scale": torch.tensor([1e-3])}
+    for act_bits in (8, 16):
+        for _, y in everywhere(qconv2d, x, packed, **more, act_bits=act_bits):
+            torch.testing.assert_close(y.flatten(), torch.tensor([1170.432], dtype=torch.float16))
 
 
-def test_samples_of_a_batch_do_not_meet():
-    x, *rest = layer()
-    x[0, 0, 0, 0] = float("nan")
-    y = qconv2d(x, *rest, padding=1)
-    assert y[0].isnan().any() and y[1:].isfinite().all()
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_pictures_of_a_batch_do_not_meet(act_bits):
+    weight, x = Weight((19, 7, 3, 3)), randn(3, 7, 6, 5)
+    more = weight.arguments | {"kernel_size": 3, "padding": 1, "act_bits": act_bits}
+    for value in (NAN, INF):
+        bad = x.clone()
+        bad[1, 2, 3, 2] = value
+        bad[2] *= 100
+        for (backend, y), (_, usual) in zip(
+            everywhere(qconv2d, bad, **more), everywhere(qconv2d, x, **more), strict=True
+        ):
+            touched = y[1] if act_bits == 8 else y[1, :, 2:5, 1:4]
+            assert not touched.isfinite().any() or value == INF, backend
+            assert touched.isnan().all() or act_bits == 16, backend
+            assert_same_bits(y[0], usual[0])
+            assert y[2].isfinite().all(), backend
 
 
-def test_autocast_leaves_the_dtype_of_x():
-    args = layer()
-    expected = qconv2d(*args)
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_autocast_leaves_the_dtype_of_x(act_bits):
+    weight, x = Weight((8, 6, 3, 3)), randn(2, 6, 5, 4)
+    more = weight.arguments | {"kernel_size": 3, "act_bits": act_bits}
+    expected = qconv2d(x, **more)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(qconv2d(*args), expected)
+        assert torch.equal(qconv2d(x, **more), expected)
 
 
-def test_only_the_output_stays_allocated():
-    x, qweight, scale, _, bias = layer(n=64, c=64)
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        y = qconv2d(x, qweight, scale, bias=bias)
-    events = {e.key: e for e in profile.key_averages()}
+@pytest.mark.parametrize("act_bits", [8, 16])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_only_the_output_stays_allocated(backend, act_bits):
+    weight, x = Weight((64, 64, 3, 3)), randn(3, 64, 9, 7)
+    more = weight.arguments | {"kernel_size": 3, "act_bits": act_bits}
+    with torch.no_grad(), use_backend(backend), torch.profiler.profile(profile_memory=True) as seen:
+        y = qconv2d(x, **more)
+    events = {e.key: e for e in seen.key_averages()}
     kept = events["zo_kernels::qconv2d"].cpu_memory_usage
     assert y.nbytes <= kept <= y.nbytes + 64 * 4  # the allocator rounds up
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_gradients_of_x_and_bias(geometry):
-    args = layer(
-        n=2,
-        c=2,
-        dtype=torch.float64,
-        size=(5, 4),
-        groups=geometry.get("groups", 1),
-        zero_point=True,
-    )
-    x, qweight, scale, zero, bias = args
+@pytest.mark.parametrize(("bits", "parts", "zero"), KINDS[:4])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients(groups, activation, bits, parts, zero):
+    weight = Weight((4, 4, 3, 2), bits, 6 * parts if parts > 1 else 1, zero)
+    shapes = ((2, 4 * groups, 6, 5), (4,), (2, 4, 3, 4))
+    x, bias, residual = (randn(*s, dtype=torch.float64).requires_grad_() for s in shapes)
+    where = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "groups": groups}
+    more = weight.arguments | {"activation": activation, "in_scale": randn(4 * groups)} | where
 
-    def f(x, bias):
-        return qconv2d(x, qweight, scale, zero, bias, **geometry)
+    def f(x, bias, residual):
+        return qconv2d(x, bias=bias, residual=residual, **more)
 
-    assert torch.autograd.gradcheck(f, (x.requires_grad_(), bias.requires_grad_()))
+    assert torch.autograd.gradcheck(f, (x, bias, residual))
 
 
-def test_gradient_of_scale_is_refused():
-    x, qweight, scale, _, bias = layer()
+def test_gradients_pass_straight_through_the_rounding():
+    weight, x = Weight((8, 6, 3, 3), 4, 9), randn(2, 6, 5, 4).requires_grad_()
+    bias = randn(8).requires_grad_()
+    more = {"bias": bias, "activation": "gelu", "kernel_size": 3, "padding": 1, "act_bits": 8}
+    y = qconv2d(x, **weight.arguments, **more)
+    grads = torch.autograd.grad((y * randn(2, 8, 5, 4)).sum(), (x, bias))
+
+    codes, scale = quantize_rows(x, per_sample=True)
+    rounded = (codes.double() * scale.double().view(-1, 1, 1, 1)).requires_grad_()
+    exact = F.gelu(F.conv2d(rounded, weight.real(), bias.double(), padding=1))
+    wanted = torch.autograd.grad((exact * randn(2, 8, 5, 4)).sum(), (rounded, bias))
+    for grad, exact in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad.double(), exact.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_are_refused():
+    weight, x = Weight((8, 6, 3, 3)), randn(2, 6, 5, 4).requires_grad_()
+    args = weight.arguments | {"kernel_size": 3}
     with pytest.raises(NotImplementedError, match="qconv2d: scale must not require a gradient"):
-        qconv2d(x, qweight, scale.requires_grad_(), bias=bias)
+        qconv2d(x, **args | {"scale": weight.scale.requires_grad_()})
+    args |= {"scale": weight.scale.detach(), "perturb": "weight", "draws": [0], "coeffs": [0.1]}
+    with pytest.raises(NotImplementedError, match="qconv2d: perturb must be 'none' where a grad"):
+        qconv2d(x, **args)
 
 
-def test_compiles_without_breaks():
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_compiles_without_breaks(act_bits):
     compiled = torch.compile(qconv2d, fullgraph=True, backend="aot_eager")
-    x, qweight, *rest = layer()
-    args = (x, qweight.to(memory_format=torch.channels_last), *rest)
-    torch.testing.assert_close(compiled(*args, padding=1), qconv2d(*args, padding=1))
+    weight, x = Weight((8, 6, 3, 3)), randn(2, 6, 5, 4)
+    more = weight.arguments | {"kernel_size": 3, "padding": 1, "act_bits": act_bits}
+    a, b = compiled(x, **more), qconv2d(x, **more)
+    torch.testing.assert_close(a, b)
+    assert a.stride() == b.stride()
 
 
-BAD = {
-    "x int": ({"x": torch.ones(3, 6, 9, 7).int()}, TypeError, "x must be float32, "),
-    "x 3d": ({"x": torch.ones(6, 9, 7)}, ValueError, r"x must be \[B, 6, H, W\]"),
-    "x channels": ({"x": torch.ones(3, 5, 9, 7)}, ValueError, r"x must be \[B, 6, .*\(3, 5, 9, 7"),
-    "x small": ({"x": torch.ones(3, 6, 2, 7)}, ValueError, "x must be at least 3 high .* got 2"),
-    "codes float": ({"qweight": torch.ones(8, 6, 3, 3)}, TypeError, "qweight must be int8, got"),
-    "codes 2d": (
-        {"qweight": torch.ones(8, 54, dtype=torch.int8)},
+X, SCALE = torch.ones(3, 6, 9, 7), torch.ones(8)
+CODES = torch.zeros(8, 6, 3, 3, dtype=torch.int8)
+NO_GROUPS = "scale must be of groups that divide the 6 input channels, got"
+BAD = [
+    (TypeError, "x must be float32, bfloat16, float16, float64 or int8, got", {"x": X.int()}),
+    (ValueError, "x must be [B, C, H, W], got shape [6, 9, 7]", {"x": X[0]}),
+    (ValueError, "x must be [B, C, H, W], got shape [3, 0, 9, 7]", {"x": X[:, :0]}),
+    (
         ValueError,
-        r"qweight must be \[N, C / groups, kh, kw\], got shape \(8, 54\)",
+        "qweight must be [1, 9, 16, 4], 8 rows of 9 * 4 codes of 8 bits, got shape [1, 18, 16, 4]",
+        {"x": X[:, :4]},
     ),
-    "scale shape": ({"scale": torch.ones(6)}, ValueError, r"scale must be \[8\], one value per"),
-    "scale dtype": ({"scale": torch.ones(8).half()}, TypeError, "scale must be float32, got"),
-    "zero dtype": ({"zero_point": torch.zeros(8)}, TypeError, "zero_point must be int8, got"),
-    "bias shape": ({"bias": torch.ones(6)}, ValueError, r"bias must be \[8\], one value per"),
-    "stride": ({"stride": 0}, ValueError, r"stride must be at least 1, got \(0, 0\)"),
-    "padding": ({"padding": (1, -1)}, ValueError, r"padding must be at least 0, got \(1, -1\)"),
-    "dilation": ({"dilation": 0}, ValueError, r"dilation must be at least 1, got \(0, 0\)"),
-    "groups": ({"groups": 3}, ValueError, "groups must be positive and divide the 8 output"),
-    "no groups": ({"groups": 0}, ValueError, "groups must be positive and divide the 8 output"),
-    "device": (
+    (ValueError, "x must be at least 3 high for this kernel, got 2", {"x": X[:, :, :2]}),
+    (ValueError, "x must be at least 1 wide", {"x": X[..., :0], "padding": 2}),
+    (ValueError, "qweight must be [1, 50, 16, 4], 8 rows of 25 * 6", {"kernel_size": 5}),
+    (ValueError, "qweight must be [1, 9, 16, 4], 8 rows of 9 * 6 codes of 4", {"bits": 4}),
+    (TypeError, "qweight must be uint8, got torch.int8; give", {"qweight": CODES}),
+    (ValueError, "scale must be [N] or [N, groups], got shape []", {"scale": SCALE[0]}),
+    (ValueError, f"{NO_GROUPS} 6 groups for 9 * 6", {"scale": torch.ones(8, 6)}),
+    (ValueError, f"{NO_GROUPS} 3 groups for 9 * 6", {"scale": torch.ones(8, 3)}),
+    (ValueError, f"{NO_GROUPS} 36 groups for 9 * 6", {"scale": torch.ones(8, 36)}),
+    (TypeError, "zero_point must be int8, got", {"zero_point": torch.zeros(8)}),
+    (ValueError, "bias must be [8], got shape [6]", {"bias": torch.ones(6)}),
+    (ValueError, "in_scale must be [6], got shape [8]", {"in_scale": SCALE}),
+    (ValueError, "x_scale must be [3], got shape [2]", {"x": X.char(), "x_scale": SCALE[:2]}),
+    (
+        ValueError,
+        "residual must be [3, 8, 7, 5], got shape [3, 8, 9, 7]",
+        {"residual": torch.ones(3, 8, 9, 7)},
+    ),
+    (ValueError, "stride must be at least 1, got (0, 0)", {"stride": 0}),
+    (ValueError, "padding must be at least 0, got (1, -1)", {"padding": (1, -1)}),
+    (ValueError, "dilation must be at least 1, got (0, 0)", {"dilation": 0}),
+    (ValueError, "kernel_size must be at least 1, got (0, 0)", {"kernel_size": 0}),
+    (ValueError, "groups must be positive and divide 6 input and 8 output", {"groups": 3}),
+    (ValueError, "groups must be positive and divide 6 input and 8 output", {"groups": 4}),
+    (ValueError, "groups must be positive and divide 6 input and 8 output", {"groups": 0}),
+    (
+        ValueError,
+        "bias must be on the device of x (cpu), got meta",
         {"bias": torch.ones(8, device="meta")},
-        ValueError,
-        r"bias must be on the device of x \(cpu\), got meta",
     ),
-}
+    (
+        ValueError,
+        "K must be at most 65536 where integers are accumulated in 32 bits, got 65538",
+        {
+            "x": torch.ones(1, 7282, 3, 3),
+            "qweight": pack(torch.zeros(8, 7282, 3, 3, dtype=torch.int8)),
+            "act_bits": 8,
+        },
+    ),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_input(case):
-    change, kind, text = BAD[case]
-    x, qweight, scale, _, bias = layer()
-    args = {"x": x, "qweight": qweight, "scale": scale, "bias": bias}
-    with pytest.raises(kind, match=f"qconv2d: {text}"):
-        qconv2d(**{**args, **change})
+    kind, text, change = BAD[case]
+    args = {"x": X, "qweight": pack(CODES), "scale": SCALE, "kernel_size": 3}
+    with pytest.raises(kind, match=re.escape(f"qconv2d: {text}")):
+        qconv2d(**args | change)
