@@ -2,7 +2,9 @@
 """Modules that hold integer weights and call the ops of `zo_kernels.ops`."""
 
 from zo_kernels.nn._base import QuantModule
+from zo_kernels.nn._spec import Spec
 from zo_kernels.nn.conv2d import QuantConv2d
 from zo_kernels.nn.linear import QuantLinear
+from zo_kernels.nn.perturb import perturbed, streams_of
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantModule"]
+__all__ = ["QuantConv2d", "QuantLinear", "QuantModule", "Spec", "perturbed", "streams_of"]

@@ -1,30 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `QuantLinear` and `QuantConv2d` share: storage of the integers and how they move."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from zo_kernels.nn._check import check_codes, check_state, check_weight
+from zo_kernels.nn._korder import dequantized
+from zo_kernels.nn._spec import Spec
 from zo_kernels.nn._weight import WeightInfo
+from zo_kernels.packing import PACKING, PANEL, pack, packed_shape, unpack
 
-Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+INTEGERS = ("qweight", "scale", "zero_point")  # buffers that keep their dtype
+_CHUNK = 1 << 20  # codes that are packed at a time
 
 
 class QuantModule(nn.Module):
-    """Codes int8 [N, ...], scale fp32 [N] and an optional bias [N].
+    """A weight [N, ...] as packed integers, and an optional bias [N].
 
-    Codes and scale are buffers, and keep their dtype under `.to(dtype)`, `.half()` and the like:
-    the integers are the model, and a scale rounded to 16 bits would shift a whole channel. The bias
-    stays the parameter that it was, and follows the dtype. Moves between devices move everything.
+    | buffer | dtype, shape |
+    |---|---|
+    | `qweight` | uint8, the codes as `zo_kernels.packing` lays them out: the only copy |
+    | `scale` | fp32 [N], or [N, K / group] |
+    | `zero_point` | int8 of the shape of scale; None unless the spec is asymmetric |
+
+    The buffers keep their dtype under `.to(dtype)`, `.half()` and the like: the integers are the
+    model, and a scale rounded to 16 bits would shift a whole channel. The bias stays the parameter
+    that it was, and follows the dtype. Moves between devices move everything.
+
+    A `state_dict` has, beside buffers and bias, an extra state: version of the layout, spec and
+    headroom as the bytes of a JSON object (a uint8 tensor, so that safetensors can store it).
+
+    Attributes:
+        spec: how the weight is stored and multiplied.
+        headroom: whole steps (1 code with 8 bits, 1/16 code with 4) by which every code can be
+            moved; see `what="codes"` of `zo_kernels.nn.perturbed`. 0 where there is none.
     """
 
-    spec = "w8"
-    layout = torch.contiguous_format  # memory format of the codes
-
+    spec: Spec
+    headroom: int
     qweight: Tensor
     scale: Tensor
+    zero_point: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -33,12 +53,31 @@ class QuantModule(nn.Module):
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        spec: Spec | str,
     ) -> None:
         super().__init__()
+        self.spec = Spec.parse(spec, type(self).__name__)
+        if (misfit := self.spec.misfit(shape)) is not None:
+            raise ValueError(
+                f"{type(self).__name__}: spec must fit the weight, got {self.spec} for one of "
+                f"which {misfit}; choose another spec"
+            )
+        self.headroom = 0
+        self.perturbation: Mapping[str, Any] = {}  # keyword arguments of the op
+        self._shape = torch.Size(shape)
         self._dtype = dtype or torch.get_default_dtype()
-        codes = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.register_buffer("qweight", codes.contiguous(memory_format=self.layout))
-        self.register_buffer("scale", torch.ones(shape[0], dtype=torch.float32, device=device))
+        scale_shape = self.spec.scale_shape(shape)
+        # Each byte of an all-zero weight: code 0 is stored as half of the range.
+        fill = 0x80 if self.spec.bits == 8 else 0x88
+        packed = packed_shape(shape, self.spec.bits)
+        self.register_buffer("qweight", torch.full(packed, fill, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.ones(scale_shape, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "zero_point",
+            torch.zeros(scale_shape, dtype=torch.int8, device=device)
+            if self.spec.asymmetric
+            else None,
+        )
         self.register_parameter(
             "bias",
             nn.Parameter(torch.zeros(shape[0], dtype=self._dtype, device=device)) if bias else None,
@@ -47,10 +86,47 @@ class QuantModule(nn.Module):
     @property
     def weight(self) -> WeightInfo:
         """Shape, dtype and device of the weight, without values; see `WeightInfo`."""
-        return WeightInfo(type(self).__name__, self.qweight.shape, self._dtype, self.qweight.device)
+        return WeightInfo(type(self).__name__, self._shape, self._dtype, self.qweight.device)
+
+    def codes(self) -> Tensor:
+        """A copy of the integers: int8 in the shape of the weight, -8 to 7 with 4 bits."""
+        return unpack(self.qweight, self._shape, self.spec.bits)
+
+    def dequantized(self) -> Tensor:
+        """A float copy of the weight: scale * (code - zero point), fp32 in the weight's shape."""
+        return dequantized(self.codes(), self.scale, self.zero_point)
+
+    def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Take over a weight given as integers; the device becomes that of `codes`.
+
+        Args:
+            codes: int8 in the shape of the weight, any strides; -8 to 7 with 4 bits.
+            scale: fp32 [N], or [N, K / group]; finite.
+            zero_point: int8 of the shape of scale; None exactly where the spec is symmetric.
+
+        Raises:
+            TypeError: a tensor has another dtype.
+            ValueError: another shape, codes that do not fit the bits, a scale that is not finite.
+        """
+        where = f"{type(self).__name__}.set_codes"
+        check_codes(where, self.spec, self._shape, codes, scale, zero_point)
+        self.qweight = _packed(codes, self.spec.bits)
+        self.headroom = self._headroom_of(codes)
+        self.scale = scale.detach().contiguous()
+        self.zero_point = None if zero_point is None else zero_point.contiguous()
+
+    def _headroom_of(self, codes: Tensor) -> int:
+        if self.spec.asymmetric or codes.is_meta:
+            return 0
+        low, high = (int(bound) for bound in codes.aminmax())
+        if self.spec.bits == 8:
+            return max(0, 127 - max(-low, high))
+        return 15 if low >= -7 else 0  # 16 * 7 + 15 = 127: in sixteenths of a code
 
     @classmethod
-    def _empty(cls, source: Any, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def _empty(
+        cls, source: Any, device: torch.device | str, dtype: torch.dtype, spec: Spec
+    ) -> Self:
         """A module with the shape of `source`; each subclass makes its own."""
         raise NotImplementedError
 
@@ -60,29 +136,55 @@ class QuantModule(nn.Module):
         source: Any,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        spec: Spec | str | None = None,
     ) -> Self:
         """An empty module to load a state into.
 
         Args:
             source: the layer whose place it takes: a float one, or one of this class.
             device, dtype: default those of `source`.
+            spec: default that of `source` if it has one, else "w8".
 
         Raises:
-            ValueError: no op computes this layer.
+            ValueError: no op computes this layer, or the spec does not fit it.
         """
         weight = source.weight
-        module = cls._empty(source, device or weight.device, dtype or weight.dtype)
+        chosen = Spec.parse(
+            getattr(source, "spec", Spec()) if spec is None else spec, f"{cls.__name__}.like"
+        )
+        module = cls._empty(source, device or weight.device, dtype or weight.dtype, chosen)
         if module.bias is not None:
             module.bias.requires_grad_(source.bias.requires_grad)
         return module.train(source.training)
 
     @classmethod
-    def from_float(cls, source: Any, rounding: Rounding) -> Self:
+    def from_codes(
+        cls,
+        source: Any,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None = None,
+        spec: Spec | str = "w8",
+    ) -> Self:
+        """A module in the place of `source` with this weight; the bias is shared with it.
+
+        Args and errors: see `set_codes` and `like`.
+        """
+        module = cls.like(source, device="meta", spec=spec)
+        module.set_codes(codes, scale, zero_point)
+        module.bias = source.bias
+        return module
+
+    @classmethod
+    def from_float(cls, source: Any, rounding: Any, spec: Spec | str = "w8", *more: Any) -> Self:
         """Round the weight of `source`, which is left as it is; the bias is shared with it.
 
         Args:
             source: `nn.Linear` or `nn.Conv2d`, as the class says; its weight must be finite.
-            rounding: weight -> (codes, scale), such as `zo_kernels.quant.absmax`.
+            rounding: (weight, spec, *more) -> codes, scale, zero point, such as
+                `zo_kernels.quant.absmax`.
+            spec: how to store it.
+            more: what else the rule takes: the headroom.
 
         Raises:
             TypeError: the weight is not a floating tensor.
@@ -90,39 +192,54 @@ class QuantModule(nn.Module):
                 layer.
         """
         check_weight(source.weight, f"{cls.__name__}.from_float", "weight")
-        module = cls.like(source, device="meta")
-        codes, module.scale = rounding(source.weight)
-        module.qweight = codes.contiguous(memory_format=cls.layout)
-        module.bias = source.bias
-        return module
+        parsed = Spec.parse(spec, f"{cls.__name__}.from_float")
+        cls.like(
+            source, device="meta", spec=parsed
+        )  # what is wrong with it is said before the work
+        codes, scale, zero_point = rounding(source.weight, parsed, *more)
+        return cls.from_codes(source, codes, scale, zero_point, parsed)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {"qweight": self.qweight, "scale": self.scale}
+    def get_extra_state(self) -> Tensor:
+        """Version of the packing, spec and headroom, as the bytes of a JSON object."""
+        state = {"packing": PACKING, "spec": str(self.spec), "headroom": self.headroom}
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of `get_extra_state`; what does not fit was refused before.
+
+        `load_state_dict` calls it.
+        """
+        self.headroom = json.loads(bytes(state.tolist()))["headroom"]
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Torch copies tensors before it hands out the extra state: look first.
+        mine = {k: state_dict.get(prefix + k) for k in (*INTEGERS, "_extra_state")}
+        check_state(prefix, self.spec, mine)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        kept = {name: getattr(self, name) for name in INTEGERS}
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=kept["scale"].device)).dtype
         for name, before in kept.items():
             after = getattr(self, name)
+            if before is None:
+                continue
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
+            elif not after.is_contiguous():  # .to(memory_format=torch.channels_last)
+                setattr(self, name, after.contiguous())
         return self
 
 
-def check_weight(weight: object, where: str, name: str) -> None:
-    """Raise unless `weight` has values that can be rounded to integers."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(
-            f"{where}: {name} must be a floating tensor, got {got}; "
-            "the layer may be quantized already"
-        )
-    if weight.is_meta:
-        raise ValueError(
-            f"{where}: {name} must have values, got a tensor on the meta device; "
-            "load the model before you quantize it"
-        )
-    bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if bad:
-        raise ValueError(
-            f"{where}: {name} must be finite, got {bad} values that are NaN or infinite; "
-            "repair the checkpoint, or skip this layer"
-        )
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """`pack`, some panels at a time: large temporaries beside the small lasting tensors of a model
+    would leave holes in the heap, which cost as much as the model does."""
+    packed = torch.empty(packed_shape(codes.shape, bits), dtype=torch.uint8, device=codes.device)
+    panels = max(1, _CHUNK * len(packed) // packed.numel())
+    for start in range(0, len(packed), panels):
+        rows = codes[start * PANEL : (start + panels) * PANEL]
+        packed[start : start + panels] = pack(rows, bits)
+    return packed

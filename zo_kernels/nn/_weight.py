@@ -70,5 +70,5 @@ class WeightInfo:
 def _no_values(what: str, use: str) -> str:
     return (
         f"quantized module: {what} must be read for shape, dtype and device only, got {use}; "
-        "use .qweight and .scale, or zo_kernels.quant.dequantize(module) for a float copy"
+        "use .codes() and .scale, or zo_kernels.quant.dequantize(module) for a float copy"
     )

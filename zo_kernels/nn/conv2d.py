@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels.nn._base import QuantModule
+from zo_kernels.nn._spec import Spec
 from zo_kernels.ops import qconv2d
 
 Pair = tuple[int, int]
 
 
 class QuantConv2d(QuantModule):
-    """y = conv2d(x, qweight) * scale + bias, with qweight int8 [N, C / groups, kh, kw] and scale
-    fp32 [N]. Padding is with zeros.
+    """y = conv2d(x, W) + bias with W = scale * (codes - zero_point) [N, C / groups, kh, kw], as
+    `zo_kernels.ops.qconv2d` computes it: W exists as integers only. Padding is with zeros.
 
-    Stands where an `nn.Conv2d` stood. `weight` gives shape, dtype and device but no values. The
-    codes are stored channels_last, so outputs are channels_last too;
-    `.to(memory_format=torch.contiguous_format)` changes that.
+    Stands where an `nn.Conv2d` stood. `weight` gives shape, dtype and device but no values.
 
     Args:
         in_channels: C of the input.
@@ -30,14 +29,15 @@ class QuantConv2d(QuantModule):
         bias: whether there is a bias [N].
         device: where the tensors are made.
         dtype: of the bias, and what `weight.dtype` answers; default `torch.get_default_dtype()`.
+        spec: how the weight is stored and multiplied; see `Spec`.
 
     Raises:
-        ValueError: groups does not divide in_channels.
+        ValueError: groups does not divide in_channels; there is no such spec, or it does not fit
+            the weight.
 
     Shapes: input floating [B, C, H, W], output [B, N, H', W'] in the dtype of the input.
     """
 
-    layout = torch.channels_last
     padding_mode = "zeros"
 
     def __init__(
@@ -52,6 +52,7 @@ class QuantConv2d(QuantModule):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        spec: Spec | str = "w8",
     ) -> None:
         if groups < 1 or in_channels % groups:
             raise ValueError(
@@ -59,7 +60,7 @@ class QuantConv2d(QuantModule):
                 "copy both from the float layer"
             )
         kernel = _pair(kernel_size)
-        super().__init__((out_channels, in_channels // groups, *kernel), bias, device, dtype)
+        super().__init__((out_channels, in_channels // groups, *kernel), bias, device, dtype, spec)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = kernel
@@ -69,7 +70,9 @@ class QuantConv2d(QuantModule):
         self.groups = groups
 
     @classmethod
-    def _empty(cls, source: nn.Conv2d, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def _empty(
+        cls, source: nn.Conv2d, device: torch.device | str, dtype: torch.dtype, spec: Spec
+    ) -> Self:
         reason = cls.unsupported(source)
         if reason is not None:
             raise ValueError(
@@ -87,6 +90,7 @@ class QuantConv2d(QuantModule):
             source.bias is not None,
             device,
             dtype,
+            spec,
         )
 
     @staticmethod
@@ -104,11 +108,16 @@ class QuantConv2d(QuantModule):
             x,
             self.qweight,
             self.scale,
-            bias=self.bias,
+            self.zero_point,
+            self.bias,
+            kernel_size=self.kernel_size,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
+            bits=self.spec.bits,
+            act_bits=self.spec.act_bits,
+            **self.perturbation,
         )
 
     def extra_repr(self) -> str:

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from zo_kernels.nn._base import QuantModule
+from zo_kernels.nn._spec import Spec
 from zo_kernels.ops import qlinear
 
 
 class QuantLinear(QuantModule):
-    """y = (x @ qweight.T) * scale + bias, with qweight int8 [N, K] and scale fp32 [N].
+    """y = x @ W.T + bias with W = scale * (codes - zero_point) [N, K], as `zo_kernels.ops.qlinear`
+    computes it: W exists as integers only.
 
-    Stands where an `nn.Linear` stood. `weight` gives shape, dtype and device but no values: the
-    weight exists as integers only.
+    Stands where an `nn.Linear` stood. `weight` gives shape, dtype and device but no values.
 
     Args:
         in_features: K, size of the last dimension of the input.
@@ -22,6 +23,10 @@ class QuantLinear(QuantModule):
         bias: whether there is a bias [N].
         device: where the tensors are made.
         dtype: of the bias, and what `weight.dtype` answers; default `torch.get_default_dtype()`.
+        spec: how the weight is stored and multiplied; see `Spec`.
+
+    Raises:
+        ValueError: there is no such spec, or it does not fit [N, K].
 
     Shapes: input floating [..., K], output [..., N] in the dtype of the input.
     """
@@ -33,18 +38,30 @@ class QuantLinear(QuantModule):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        spec: Spec | str = "w8",
     ) -> None:
-        super().__init__((out_features, in_features), bias, device, dtype)
+        super().__init__((out_features, in_features), bias, device, dtype, spec)
         self.in_features = in_features
         self.out_features = out_features
 
     @classmethod
-    def _empty(cls, source: nn.Linear, device: torch.device | str, dtype: torch.dtype) -> Self:
+    def _empty(
+        cls, source: nn.Linear, device: torch.device | str, dtype: torch.dtype, spec: Spec
+    ) -> Self:
         has_bias = source.bias is not None
-        return cls(source.in_features, source.out_features, has_bias, device, dtype)
+        return cls(source.in_features, source.out_features, has_bias, device, dtype, spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        return qlinear(x, self.qweight, self.scale, bias=self.bias)
+        return qlinear(
+            x,
+            self.qweight,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            bits=self.spec.bits,
+            act_bits=self.spec.act_bits,
+            **self.perturbation,
+        )
 
     def extra_repr(self) -> str:
         return (
