@@ -2,6 +2,8 @@
 """Small diffusers and transformers models, built in code with fixed random weights."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,29 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WIDTH = 32  # of the text features
+
+
+def _status(field):
+    """kB of this process."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.fixture
+def extra_memory():
+    """A function: calls its argument and returns the bytes by which memory grew meanwhile, at most.
+
+    Mapped pages of files count.
+    """
+
+    def measure(function):
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        function()
+        return (_status("VmHWM") - before) * 1024
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is read from /proc")
+    return measure
 
 
 def make_unet():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from zo_kernels.nn import QuantConv2d, QuantLinear
-from zo_kernels.quant import QuantConfig, absmax, dequantize, quantize_
+from zo_kernels.quant import QuantConfig, absmax, dequantize, mse, quantize_
+from zo_kernels.quant.rounding import ROUNDINGS
 
 
 class Block(nn.Module):
@@ -53,10 +54,10 @@ def test_replaces_linear_and_conv_and_nothing_else(model):
     for name in before.keys() & after.keys():  # embedding, norms, biases
         assert torch.equal(before[name], after[name])
     assert after.keys() - before.keys() == {
-        f"{name}.{key}" for name in report.quantized for key in ("qweight", "scale")
+        f"{name}.{key}" for name in report.quantized for key in ("qweight", "scale", "_extra_state")
     }
-    codes, scale = absmax(before["convs.2.weight"])
-    assert torch.equal(model.convs[2].qweight, codes) and torch.equal(model.convs[2].scale, scale)
+    codes, scale, _ = absmax(before["convs.2.weight"])
+    assert torch.equal(model.convs[2].codes(), codes) and torch.equal(model.convs[2].scale, scale)
     assert not model.first.training
 
 
@@ -70,7 +71,7 @@ def test_output_is_close_to_that_of_the_float_model(model):
 
 def test_report_counts_bytes_and_prints(model):
     def size():
-        return sum(t.nbytes for t in model.state_dict().values())
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
     before = size()
     report = quantize_(model, QuantConfig(skip=("last",)))
@@ -84,22 +85,71 @@ def test_each_float_weight_is_gone_before_the_next_layer_is_rounded(model, monke
     weights = {n: weakref.ref(model.get_submodule(n).weight) for n in ("first", "convs.0", "last")}
     alive = []
 
-    def watching(weight):
+    def watching(*args):
         gc.collect()
         alive.append([name for name, ref in weights.items() if ref() is not None])
-        return absmax(weight)
+        return absmax(*args)
 
-    monkeypatch.setitem(quantize_.__globals__["ROUNDINGS"], "absmax", watching)
+    monkeypatch.setitem(ROUNDINGS, "absmax", watching)
     quantize_(model)
     assert alive == [["first", "convs.0", "last"], ["convs.0", "last"], ["last"], ["last"]]
     gc.collect()
     assert all(ref() is None for ref in weights.values())
 
 
-def test_skip_patterns(model):
-    report = quantize_(model, QuantConfig(skip=("convs.*",), overrides={"first": "w8"}))
+def test_skip_patterns_and_overrides(model):
+    overrides = {"f*": "w4a8", "first": "w8-asym"}
+    report = quantize_(model, QuantConfig("w8a8", skip=("convs.*",), overrides=overrides))
     assert report.skipped == dict.fromkeys(("convs.0", "convs.2"), "skipped by pattern")
     assert type(model.convs[0]) is nn.Conv2d
+    assert report.quantized == {"first": "w4a8", "last": "w8a8"}
+    assert (model.first.spec.bits, model.first.spec.act_bits) == (4, 8)
+    assert model.first.codes().abs().max() <= 7
+
+
+def test_rounding_and_headroom_reach_the_layers(model):
+    weight = model.first.weight.detach().clone()
+    quantize_(model, QuantConfig(rounding="mse", headroom=3, overrides={"last": "w4"}))
+    expected = mse(weight, "w8", 3)
+    assert torch.equal(model.first.codes(), expected.codes)
+    assert torch.equal(model.first.scale, expected.scale)
+    assert model.first.headroom >= 3 and model.last.headroom == 15
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(4, 64, 3)
+        self.mid = nn.Linear(64, 64)
+        self.odd = nn.Linear(80, 3)
+
+
+def test_a_spec_that_does_not_fit_names_the_layers_and_the_ways_out():
+    model = Wide()
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=r"quantize_: spec must fit every layer, got 2 .*first: gr"
+    ):
+        quantize_(model, QuantConfig("w4a8-g64"))
+    with pytest.raises(ValueError, match=r"got 1 .*odd: groups of 64 do not divide its 80 input"):
+        quantize_(model, QuantConfig("w4a8-g64", skip=("first",)))
+    with pytest.raises(ValueError, match=r"got 1 .*odd: groups of 32 do not divide its 80 input"):
+        quantize_(model, QuantConfig("w4a8-g64", skip=("first",), fallback="w8-g32"))
+    assert same(state(model), before)
+
+
+def test_fallback_and_overrides_serve_layers_that_a_spec_does_not_fit():
+    model = Wide()
+    report = quantize_(model, QuantConfig("w4a8-g64", overrides={"odd": "w8a8"}, fallback="w8"))
+    assert report.quantized == {"first": "w8", "mid": "w4a8-g64", "odd": "w8a8"}
+    assert model.mid.scale.shape == (64, 1)
+
+
+def test_a_row_too_long_for_int32_sums_is_refused():
+    model = nn.Sequential(nn.Linear(65537, 1, bias=False))
+    with pytest.raises(ValueError, match=r"0: a row of 65537 integers is longer than 65536"):
+        quantize_(model, QuantConfig("w8a8"))
+    assert quantize_(model, QuantConfig("w8")).quantized == {"0": "w8"}
 
 
 @pytest.mark.parametrize("field", ["skip", "overrides"])
@@ -180,7 +230,17 @@ def test_non_finite_weights_are_named_and_nothing_changes(model, value):
     before = state(model)
     with pytest.raises(ValueError, match=r"quantize_: last.weight must be finite, got 1 values"):
         quantize_(model)
+    with pytest.raises(ValueError, match=r"quantize_: last.weight must be finite, got 1 values"):
+        quantize_(model, QuantConfig("w4a8", "mse"))
     assert state(model).keys() == before.keys() and type(model.first) is nn.Linear
+
+
+def test_weights_beyond_fp32_are_refused(model):
+    model.double()
+    with torch.no_grad():
+        model.last.weight[1, 2] = 1e300
+    with pytest.raises(ValueError, match=r"last.weight must be finite, .* infinite in fp32"):
+        quantize_(model)
 
 
 def test_weights_on_the_meta_device_are_refused(model):

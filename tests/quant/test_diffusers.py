@@ -53,7 +53,7 @@ def test_dtype_and_device_of_the_model_answer_as_before(model_and_inputs):
     assert model.dtype == torch.bfloat16
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantConv2d):
-            assert module.qweight.dtype == torch.int8 and module.scale.dtype == torch.float32
+            assert module.qweight.dtype == torch.uint8 and module.scale.dtype == torch.float32
             assert module.weight.dtype == torch.bfloat16
             assert next(module.parameters(), module.weight).dtype == torch.bfloat16
 
