@@ -7,6 +7,9 @@
 
 STABLE_TORCH_LIBRARY_IMPL(zo_kernels, CPU, m) {
   m.impl("add_noise_", TORCH_BOX(&zo::cpu::add_noise_));
+  m.impl("qconv2d", TORCH_BOX(&zo::cpu::qconv2d));
+  m.impl("qlinear", TORCH_BOX(&zo::cpu::qlinear));
+  m.impl("quantize_rows", TORCH_BOX(&zo::cpu::quantize_rows));
   m.impl("zo_adam_", TORCH_BOX(&zo::cpu::zo_adam_));
   m.impl("zo_sgd_", TORCH_BOX(&zo::cpu::zo_sgd_));
 }

@@ -19,6 +19,7 @@ std::string lacking(Isa isa) {
   if (isa != Isa::scalar) {
     need(__builtin_cpu_supports("avx2"), "avx2");
     need(__builtin_cpu_supports("f16c"), "f16c");
+    need(__builtin_cpu_supports("fma"), "fma");
   }
   if (isa == Isa::avx512) {
     need(__builtin_cpu_supports("avx512f"), "avx512f");

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace zo::cpu {
@@ -26,5 +28,25 @@ void zo_sgd_(Tensors params, Tensors buffers, Numbers streams, int64_t seed, Num
 void zo_adam_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Numbers streams, int64_t seed,
               Numbers draws, torch::stable::Tensor coeffs, torch::stable::Tensor hyper, std::string kind,
               MaybeTensor quanta, MaybeNumber round_draw);
+
+using MaybeDtype = std::optional<torch::headeronly::ScalarType>;
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> quantize_rows(torch::stable::Tensor x, bool per_sample,
+                                                                       MaybeTensor in_scale);
+
+torch::stable::Tensor qlinear(torch::stable::Tensor x, torch::stable::Tensor qweight, torch::stable::Tensor scale,
+                              MaybeTensor zero_point, MaybeTensor bias, int64_t bits, int64_t act_bits,
+                              MaybeTensor x_scale, MaybeTensor in_scale, std::string activation,
+                              MaybeTensor residual, std::string perturb, std::string kind, int64_t seed,
+                              int64_t stream, Numbers draws, MaybeTensor coeffs, int64_t headroom,
+                              MaybeDtype out_dtype);
+
+torch::stable::Tensor qconv2d(torch::stable::Tensor x, torch::stable::Tensor qweight, torch::stable::Tensor scale,
+                              MaybeTensor zero_point, MaybeTensor bias, Numbers kernel_size, Numbers stride,
+                              Numbers padding, Numbers dilation, int64_t groups, int64_t bits, int64_t act_bits,
+                              MaybeTensor x_scale, MaybeTensor in_scale, std::string activation,
+                              MaybeTensor residual, std::string perturb, std::string kind, int64_t seed,
+                              int64_t stream, Numbers draws, MaybeTensor coeffs, int64_t headroom,
+                              MaybeDtype out_dtype);
 
 }  // namespace zo::cpu

@@ -30,11 +30,21 @@ struct V {
   template <int N> static U shift_left(U a) { return _mm256_slli_epi32(a, N); }
   template <int N> static U shift_right(U a) { return _mm256_srli_epi32(a, N); }
   template <int N> static U shift_right_signed(U a) { return _mm256_srai_epi32(a, N); }
-  static void mulhilo(U a, uint32_t m, U& hi, U& lo) {
-    const U even = _mm256_mul_epu32(a, set(m));
-    const U odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), set(m));
-    hi = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    lo = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  // 64-bit products; as a factor, what the low words of its halves hold.
+  struct Wide {
+    U even, odd;  // of lanes 0, 2, ... and 1, 3, ...
+  };
+  static Wide split(U a) { return {a, _mm256_srli_epi64(a, 32)}; }
+  static Wide times(Wide a, U m) { return {_mm256_mul_epu32(a.even, m), _mm256_mul_epu32(a.odd, m)}; }
+  static U high(Wide a) { return _mm256_blend_epi32(_mm256_srli_epi64(a.even, 32), a.odd, 0xAA); }
+  static U low(Wide a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA); }
+  static Wide high_xor(Wide a, Wide b, U key) {
+    return {xor3(_mm256_srli_epi64(a.even, 32), b.even, key), xor3(_mm256_srli_epi64(a.odd, 32), b.odd, key)};
+  }
+  static constexpr bool kHasScale = false;
+  static F keep(F x) {  // x, where the compiler must have it by now
+    asm("" : "+x"(x));
+    return x;
   }
   static F from_u32(U a) {  // exact 16-bit halves: one rounding, in the sum
     const F high = _mm256_cvtepi32_ps(shift_right<16>(a));
@@ -68,6 +78,8 @@ struct V {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return floats(shift_left<16>(_mm256_cvtepu16_epi32(h)));
   }
+  static U load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_words(int32_t* p, U x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static void store_u16(uint16_t* p, U x) {
     const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));

@@ -32,11 +32,26 @@ struct V {
   template <int N> static U shift_left(U a) { return _mm512_slli_epi32(a, N); }
   template <int N> static U shift_right(U a) { return _mm512_srli_epi32(a, N); }
   template <int N> static U shift_right_signed(U a) { return _mm512_srai_epi32(a, N); }
-  static void mulhilo(U a, uint32_t m, U& hi, U& lo) {
-    const U even = _mm512_mul_epu32(a, set(m));                        // lanes 0, 2, ...
-    const U odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set(m));  // lanes 1, 3, ...
-    hi = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);  // high words, interleaved
-    lo = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);  // low words
+  // 64-bit products; as a factor, what the low words of its halves hold.
+  struct Wide {
+    U even, odd;  // of lanes 0, 2, ... and 1, 3, ...
+  };
+  static Wide split(U a) { return {a, _mm512_srli_epi64(a, 32)}; }
+  static Wide times(Wide a, U m) { return {_mm512_mul_epu32(a.even, m), _mm512_mul_epu32(a.odd, m)}; }
+  static U high(Wide a) { return _mm512_mask_shuffle_epi32(a.odd, 0x5555, a.even, _MM_PERM_DDBB); }
+  static U low(Wide a) { return _mm512_mask_shuffle_epi32(a.even, 0xAAAA, a.odd, _MM_PERM_CCAA); }
+  // high(a) ^ low(b) ^ key; one half is shifted and one shuffled, because each has a port of its own.
+  static Wide high_xor(Wide a, Wide b, U key) {
+    return {xor3(_mm512_srli_epi64(a.even, 32), b.even, key),
+            xor3(_mm512_shuffle_epi32(a.odd, _MM_PERM_DDBB), b.odd, key)};
+  }
+  static constexpr bool kHasScale = true;
+  static F exponent(F a) { return _mm512_getexp_ps(a); }           // floor(log2(a)) of a normal number
+  static F scale(F a, F e) { return _mm512_scalef_ps(a, e); }      // a 2^e
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // only where a b + c is what is meant
+  static F keep(F x) {  // x, where the compiler must have it by now
+    asm("" : "+v"(x));
+    return x;
   }
   static F from_u32(U a) { return _mm512_cvtepu32_ps(a); }
   static F from_i32(U a) { return _mm512_cvtepi32_ps(a); }
@@ -66,6 +81,8 @@ struct V {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return floats(shift_left<16>(_mm512_cvtepu16_epi32(h)));
   }
+  static U load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_words(int32_t* p, U x) { _mm512_storeu_si512(p, x); }
   static void store_u16(uint16_t* p, U x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
   }

@@ -30,11 +30,15 @@ struct V {
   template <int N> static U shift_left(U a) { return a << N; }
   template <int N> static U shift_right(U a) { return a >> N; }
   template <int N> static U shift_right_signed(U a) { return static_cast<U>(static_cast<int32_t>(a) >> N); }
-  static void mulhilo(U a, uint32_t m, U& hi, U& lo) {
-    const uint64_t product = uint64_t{a} * m;
-    hi = static_cast<U>(product >> 32);
-    lo = static_cast<U>(product);
-  }
+  // 64-bit products; as a factor, what the low words of its halves hold.
+  using Wide = uint64_t;
+  static Wide split(U a) { return a; }
+  static Wide times(Wide a, U m) { return (a & 0xFFFFFFFF) * m; }
+  static U high(Wide a) { return static_cast<U>(a >> 32); }
+  static U low(Wide a) { return static_cast<U>(a); }
+  static Wide high_xor(Wide a, Wide b, U key) { return high(a) ^ low(b) ^ key; }
+  static constexpr bool kHasScale = false;
+  static F keep(F x) { return x; }
   static F from_u32(U a) { return static_cast<float>(a); }
   static F from_i32(U a) { return static_cast<float>(static_cast<int32_t>(a)); }
   static U bits(F a) { return bits_of(a); }
@@ -51,6 +55,8 @@ struct V {
   static F load(const float* p) { return *p; }
   static void store(float* p, F x) { *p = x; }
   static F load_bf16(const uint16_t* p) { return bf16_to_float(*p); }
+  static U load_words(const int32_t* p) { return static_cast<U>(*p); }
+  static void store_words(int32_t* p, U x) { *p = static_cast<int32_t>(x); }
   static void store_u16(uint16_t* p, U x) { *p = static_cast<uint16_t>(x); }
   static U bf16_bits(F x) { return float_to_bf16(x); }
   static F load_f16(const uint16_t* p) { return f16_to_float(*p); }

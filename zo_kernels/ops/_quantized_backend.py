@@ -7,22 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_kernels._registry import NAMESPACE, Backend, cpp_available
+from zo_kernels._registry import Backend, cpp_available
 from zo_kernels.ops._quantized import Call
 
-
-def _unregistered(op: str) -> str | None:
-    name = f"{NAMESPACE}::{op}"
-    dispatch = torch._C
-    if dispatch._dispatch_has_kernel(name) and dispatch._dispatch_has_kernel_for_dispatch_key(
-        name, "CPU"
-    ):
-        return None
-    return "not in this build of the C++ library"
-
-
-# Asked once: torch.compile can't trace the question.
-_MISSING = {op: _unregistered(op) for op in ("quantize_rows", "qlinear", "qconv2d")}
+GROUP_STEP = 8  # codes; those of a 4-bit step of a packed weight
 
 
 def supports_quantize_rows(
@@ -32,19 +20,25 @@ def supports_quantize_rows(
 
 
 def supports_qlinear(*args: Any) -> str | None:
-    return _supports(Call(*args))
+    call = Call(*args)
+    return _supports(call, call.x.shape[-1])
 
 
 def supports_qconv2d(*args: Any) -> str | None:
-    if args[9] != 1:
+    kernel_size, groups = args[5], args[9]
+    if groups != 1:
         return "only for groups=1"
-    return _supports(Call(*args[:5], *args[10:]))
+    call = Call(*args[:5], *args[10:])
+    return _supports(call, call.x.shape[1] * kernel_size[0] * kernel_size[1])
 
 
-def _supports(call: Call) -> str | None:
+def _supports(call: Call, k: int) -> str | None:
     floats = (call.x, call.bias, call.residual)
-    if any(t is not None and t.dtype == torch.float64 for t in floats):
+    dtypes = {call.result_dtype, *(t.dtype for t in floats if t is not None)}
+    if torch.float64 in dtypes:
         return "not for float64"
+    if call.scale_groups > 1 and k // call.scale_groups % GROUP_STEP:
+        return f"only for groups of a multiple of {GROUP_STEP} codes"
     return None
 
 
@@ -57,4 +51,4 @@ _SUPPORTS: dict[str, Callable[..., str | None]] = {
 
 def backends(op: str) -> tuple[Backend, ...]:
     """C++, which registers its own kernels."""
-    return (Backend("cpp", "cpu", lambda: cpp_available() or _MISSING[op], _SUPPORTS[op]),)
+    return (Backend("cpp", "cpu", cpp_available, _SUPPORTS[op]),)

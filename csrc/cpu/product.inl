@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loop nest of `multiply` for one instruction set. Include it behind a `V` (see noise.inl) and a struct `D`:
+//   kRows x kVectors: the register tile, in rows and vectors of W columns;
+//   Wide, Narrow: W columns of four 8-bit lanes (which hold q + 128) or 4-bit lanes (q + 8), with
+//     static L load(const uint8_t*), static U dot(U acc, L weights, U activations), and kOffset: what dot
+//     leaves in the sum for every unit of the activations;
+//   fma(a, b, c): a b + c, rounded once; broadcast(const int8_t*): four bytes in every lane.
+//
+// A block of columns is multiplied chunk by chunk along K. The weights of a chunk stay in L1, where they may be
+// a transformed copy (unpacked, perturbed, or as floats); partial sums of its rows stay in L2.
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "cpu/noise.inl"
+#pragma GCC diagnostic pop
+#include "cpu/product.h"
+#include "cpu/signs.inl"
+
+namespace zo::cpu {
+namespace {
+
+constexpr int kPanelVectors = kPanel / W;
+constexpr int kTileSize = kTile * kColumns;
+// Tiles that visit a chunk's weights in turn: few, whose partial sums stay near, unless the weights are a copy that
+// must be worth its making.
+inline int block_tiles(const Product& p) {
+  if (p.row_scale == nullptr || p.perturb != Perturb::none) return kBlockTiles;
+  return p.bits == 8 ? kBlockTiles / 4 : kBlockTiles / 2;
+}
+constexpr int64_t kRowsInL2 = 600 << 10;  // bytes
+
+// One visit of a chunk's weights: `rows` rows of a tile by `panels` panels.
+template <class A>
+struct Visit {
+  const A* a;
+  const A* zeros;
+  const int32_t* offset;  // [taps][kTile]
+  int64_t taps, channel, steps;
+  const void* b;              // [panels][taps][tap_stride]
+  int64_t panel_stride, tap_stride;  // bytes
+  const int32_t* sums;        // [groups][kTile], of the rows of `a`; null where a is fp32
+  const int32_t* zero;        // [groups][kColumns], the lanes' zeros; null: all are kOffset
+  int rows, panels;
+  void* total;  // [kTile][kColumns] int32 or fp32
+  bool first;   // it holds nothing yet
+  // Several groups: `groups` of `steps` in every tap. Their scaled sums are added up in `total`, which is fp32.
+  int64_t groups;
+  const float* scale;  // [taps * groups][kColumns]
+};
+
+template <class A, int R>
+inline void aim(const Visit<A>& v, int64_t tap, int first_row, const A* (&a)[R]) {
+  for (int i = 0; i < R; ++i) {
+    const int32_t offset = v.offset[tap * kTile + first_row + i];
+    a[i] = (offset == kOutside ? v.zeros : v.a + offset) + v.channel;
+  }
+}
+
+inline const uint8_t* vector_at(const void* b, int64_t panel_stride, int vector, int bytes) {
+  return static_cast<const uint8_t*>(b) + vector / kPanelVectors * panel_stride + vector % kPanelVectors * bytes;
+}
+
+// What makes the sums of lanes those of codes: minus the lanes' zeros times the sum of the row.
+template <class L, int R, int N>
+inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
+  for (int i = 0; i < R; ++i) {
+    const U sum = V::set(static_cast<uint32_t>(-sums[i]));
+    for (int j = 0; j < N; ++j) {
+      acc[i][j] = zero != nullptr ? D::multiply(sum, V::load_words(zero + j * W))
+                                  : V::set(static_cast<uint32_t>(-L::kOffset * sums[i]));
+    }
+  }
+}
+
+template <class L, int R, int N>
+inline void add_products(U (&acc)[R][N], const int8_t* const (&a)[R], const uint8_t* const (&b)[N], int64_t steps) {
+#pragma GCC unroll 4
+  for (int64_t s = 0; s < steps; ++s) {
+    L w[N];
+    for (int j = 0; j < N; ++j) w[j] = L::load(b[j] + s * 4 * kPanel);
+    for (int i = 0; i < R; ++i) {
+      const U x = D::broadcast(a[i] + 4 * s);
+      for (int j = 0; j < N; ++j) acc[i][j] = L::dot(acc[i][j], w[j], x);
+    }
+  }
+}
+
+template <class L>
+struct Integers {
+  using A = int8_t;
+  template <int R, int N>
+  static void run(const Visit<A>& v, int row, int vector) {
+    int32_t* total = static_cast<int32_t*>(v.total) + row * kColumns + vector * W;
+    U acc[R][N];
+    if (v.first) {
+      start_at<L>(acc, v.sums + row, v.zero != nullptr ? v.zero + vector * W : nullptr);
+    } else {
+      for (int i = 0; i < R; ++i) {
+        for (int j = 0; j < N; ++j) acc[i][j] = V::load_words(total + i * kColumns + j * W);
+      }
+    }
+    for (int64_t tap = 0; tap < v.taps; ++tap) {
+      const A* a[R];
+      aim(v, tap, row, a);
+      const uint8_t* b[N];
+      for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      add_products<L>(acc, a, b, v.steps);
+    }
+    for (int i = 0; i < R; ++i) {
+      for (int j = 0; j < N; ++j) V::store_words(total + i * kColumns + j * W, acc[i][j]);
+    }
+  }
+};
+
+// The same for several groups, with what `fold` does after each.
+template <class L>
+struct Groups {
+  using A = int8_t;
+  template <int R, int N>
+  static void run(const Visit<A>& v, int row, int vector) {
+    float* total = static_cast<float*>(v.total) + row * kColumns + vector * W;
+    const int32_t* sums = v.sums + row;
+    const float* scale = v.scale + vector * W;
+    const int32_t* zero = v.zero != nullptr ? v.zero + vector * W : nullptr;
+    bool begin = v.first;
+    for (int64_t tap = 0; tap < v.taps; ++tap) {
+      const A* a[R];
+      aim(v, tap, row, a);
+      const uint8_t* b[N];
+      for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      for (int64_t g = 0; g < v.groups; ++g) {
+        U acc[R][N];
+        start_at<L>(acc, sums, zero);
+        add_products<L>(acc, a, b, v.steps);
+        for (int j = 0; j < N; ++j) {
+          const F by = V::load(scale + j * W);
+          for (int i = 0; i < R; ++i) {
+            float* at = total + i * kColumns + j * W;
+            const F y = V::mul(V::from_i32(acc[i][j]), by);
+            V::store(at, begin ? y : V::add(V::load(at), y));
+          }
+        }
+        for (int i = 0; i < R; ++i) a[i] += 4 * v.steps;
+        for (int j = 0; j < N; ++j) b[j] += v.steps * 4 * kPanel;
+        sums += kTile;
+        scale += kColumns;
+        if (zero != nullptr) zero += kColumns;
+        begin = false;
+      }
+    }
+  }
+};
+
+// Every chunk is summed up on its own, which keeps rounding errors of long sums small.
+struct Floats {
+  using A = float;
+  template <int R, int N>
+  static void run(const Visit<A>& v, int row, int vector) {
+    float* total = static_cast<float*>(v.total) + row * kColumns + vector * W;
+    F acc[R][N];
+    for (int i = 0; i < R; ++i) {
+      for (int j = 0; j < N; ++j) acc[i][j] = V::set(0.0f);
+    }
+    for (int64_t tap = 0; tap < v.taps; ++tap) {
+      const A* a[R];
+      aim(v, tap, row, a);
+      const uint8_t* b[N];
+      for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      for (int64_t s = 0; s < v.steps; ++s) {
+        F w[N];
+        for (int j = 0; j < N; ++j) w[j] = V::load(reinterpret_cast<const float*>(b[j] + s * 4 * kPanel));
+        for (int i = 0; i < R; ++i) {
+          const F x = V::set(a[i][s]);
+          for (int j = 0; j < N; ++j) acc[i][j] = D::fma(x, w[j], acc[i][j]);
+        }
+      }
+    }
+    for (int i = 0; i < R; ++i) {
+      for (int j = 0; j < N; ++j) {
+        float* at = total + i * kColumns + j * W;
+        V::store(at, v.first ? acc[i][j] : V::add(V::load(at), acc[i][j]));
+      }
+    }
+  }
+};
+
+template <class K, int R, int N>
+void visit_vectors(const Visit<typename K::A>& v, int row, int vector, int vectors) {
+  if constexpr (N > 1) {
+    if (vectors < N) return visit_vectors<K, R, N - 1>(v, row, vector, vectors);
+  }
+  K::template run<R, N>(v, row, vector);
+}
+
+template <class K, int R>
+void visit_rows(const Visit<typename K::A>& v, int row, int rows) {
+  if constexpr (R > 1) {
+    if (rows < R) return visit_rows<K, R - 1>(v, row, rows);
+  }
+  const int vectors = v.panels * kPanelVectors;
+  for (int j = 0; j < vectors; j += D::kVectors) {
+    visit_vectors<K, R, D::kVectors>(v, row, j, std::min(D::kVectors, vectors - j));
+  }
+}
+
+template <class K>
+void visit(const Visit<typename K::A>& v) {
+  for (int i = 0; i < v.rows; i += D::kRows) visit_rows<K, D::kRows>(v, i, std::min(D::kRows, v.rows - i));
+}
+
+// What a thread works in: well under a megabyte.
+struct Scratch {
+  alignas(64) int32_t total[kBlockTiles][kTileSize];         // integers, or floats by their bits
+  alignas(64) int32_t signed_total[kBlockTiles][kTileSize];  // of the signs, where they are a second product
+  alignas(64) float sum[kBlockTiles][kTileSize];             // over groups, where there are several
+  std::vector<uint8_t> staged, staged_signs;
+  Signs signs[kBlockPanels];
+};
+
+}  // namespace
+}  // namespace zo::cpu
+
+#include "cpu/stage.inl"
+#include "cpu/epilogue.inl"
+
+namespace zo::cpu {
+namespace {
+
+// Asks for weights that the block will want next, a share of them at each tile.
+struct Ahead {
+  const uint8_t* data;
+  int64_t panel_stride, bytes;  // of a panel
+  int64_t share;                // bytes of a panel for a tile
+  int panels;
+
+  Ahead(const Product& p, int64_t c, int64_t panel, int panels_, int64_t tiles) : panels(panels_) {
+    const bool next_block = c + 1 == p.chunk_count;
+    const Chunk& next = p.chunks[next_block ? 0 : c + 1];
+    const Packed packed(p, next);
+    const int64_t block = panel + (next_block ? panels_ : 0);
+    const bool none = (block + panels_) * kPanel > p.n + kPanel - 1;
+    data = none ? nullptr : packed.at(p, next, block, 0);
+    panel_stride = p.taps * packed.tap_steps * 4 * kPanel;
+    bytes = none ? 0 : next.taps * packed.steps * 4 * kPanel;
+    share = (bytes / tiles + 63) / 64 * 64;
+  }
+  void fetch(int64_t tile) const {
+    for (int64_t at = tile * share; at < std::min(bytes, (tile + 1) * share); at += 64) {
+      for (int i = 0; i < panels; ++i) __builtin_prefetch(data + i * panel_stride + at, 0, 2);
+    }
+  }
+};
+
+// A part of a chunk whose sums end up in one group: all of it, or one of its groups in one of its taps.
+template <class A>
+Visit<A> part_of(const Product& p, const Chunk& c, const Columns& columns, int64_t part, int64_t tile) {
+  Visit<A> v{};
+  const int64_t tap_parts = c.groups / c.taps, tap = c.groups == 1 ? 0 : part / tap_parts;
+  const int64_t channels = c.groups == 1 ? c.channels : c.channels / tap_parts;
+  v.a = static_cast<const A*>(p.a);
+  v.zeros = static_cast<const A*>(p.zeros);
+  v.offset = p.offset + (tile * p.taps + c.tap + tap) * kTile;
+  v.taps = c.groups == 1 ? c.taps : 1;
+  v.channel = c.channel + (c.groups == 1 ? 0 : part % tap_parts * channels);
+  v.steps = sizeof(A) == 1 ? (channels + 3) / 4 : channels;
+  v.sums = p.sums != nullptr ? p.sums + (tile * p.groups + c.group + part) * kTile : nullptr;
+  v.first = c.first;
+  v.zero = columns.zero_of(part);
+  v.rows = rows_of(p, tile);
+  return v;
+}
+
+// Columns [panel, panel + panels), tiles [tile, tile_end) of one set.
+template <bool kIntegers>
+void multiply_block(const Product& p, int64_t panel, int panels, int64_t tile, int64_t tile_end, Scratch& s) {
+  using A = std::conditional_t<kIntegers, int8_t, float>;
+  const int64_t set = tile / p.tiles;
+  Columns columns(p, panel, panels, set);
+  for (int64_t c = 0; c < p.chunk_count; ++c) {
+    const Chunk& chunk = p.chunks[c];
+    const bool end = c + 1 == p.chunk_count;
+    const Staged weights = stage<kIntegers>(p, chunk, panel, panels, set, s);
+    const bool two = kIntegers && p.perturb == Perturb::weight;
+    const Staged signs = two ? stage_signs(p, chunk, panels, s) : Staged{};
+    columns.aim(p, chunk, kIntegers);
+    const int64_t tap_parts = std::max<int64_t>(1, chunk.groups / chunk.taps);
+    const bool at_once = kIntegers && chunk.groups > 1 && !two;
+    const Ahead ahead(p, c, panel, panels, tile_end - tile);
+    for (int64_t t = tile; t < tile_end; ++t) {
+      ahead.fetch(t - tile);
+      if (end) columns.fetch(p, t);
+      int32_t* total = s.total[chunk.first && chunk.last ? 0 : t - tile];
+      int32_t* signed_total = s.signed_total[t - tile];
+      float* sum = s.sum[t - tile];
+      for (int64_t part = 0; part < (at_once ? 1 : chunk.groups); ++part) {
+        Visit<A> v = part_of<A>(p, chunk, columns, part, t);
+        v.panels = panels;
+        if constexpr (!kIntegers) {
+          visit_staged<Floats>(v, weights, total);
+        } else if (at_once) {
+          v.taps = chunk.taps;
+          v.groups = tap_parts;
+          v.scale = columns.scale;
+          v.first = c == 0;
+          visit_staged<Groups>(v, weights, sum);
+        } else {
+          visit_staged<Integers>(v, weights.of(part, tap_parts, v.steps), total);
+          if (two) {
+            v.zero = nullptr;
+            visit_staged<Integers>(v, signs.of(part, tap_parts, v.steps), signed_total);
+          }
+        }
+        if (at_once || !chunk.last) continue;
+        if (end && plain(p)) {
+          finish_plain(p, columns, t, total);
+        } else {
+          fold<kIntegers>(p, columns, chunk.group, part, set, total, two ? signed_total : nullptr, sum);
+        }
+      }
+      if (end && !plain(p)) finish(p, columns, t, sum);
+    }
+  }
+}
+
+// Rows of a block stay in L2 while the weights pass by; but if all rows fit, they stay and each weight is read once.
+template <bool kIntegers>
+void multiply_range(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end) {
+  static thread_local Scratch scratch;
+  const int64_t row_bytes = p.channels * (kIntegers ? 1 : 4);
+  const int block = block_tiles(p);
+  const bool fits = (tile_end - tile) * kTile * row_bytes <= kRowsInL2;
+  for (int64_t t = tile; t < tile_end;) {
+    const int64_t most = fits ? tile_end : t + kBlockTiles;
+    const int64_t end = fits ? tile_end : std::min({tile_end, most, (t / p.tiles + 1) * p.tiles});
+    for (int64_t n = panel; n < panel_end; n += kBlockPanels) {
+      const int panels = static_cast<int>(std::min<int64_t>(kBlockPanels, panel_end - n));
+      for (Signs& signs : scratch.signs) signs.forget();
+      for (int64_t first = t; first < end;) {
+        const int64_t last = std::min({end, first + block, (first / p.tiles + 1) * p.tiles});
+        multiply_block<kIntegers>(p, n, panels, first, last, scratch);
+        first = last;
+      }
+    }
+    t = end;
+  }
+}
+
+void multiply_here(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end) {
+  if (p.row_scale != nullptr) {
+    multiply_range<true>(p, panel, panel_end, tile, tile_end);
+  } else {
+    multiply_range<false>(p, panel, panel_end, tile, tile_end);
+  }
+}
+
+}  // namespace
+}  // namespace zo::cpu

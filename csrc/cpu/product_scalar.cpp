@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/v_scalar.h"
+
+namespace zo::cpu {
+namespace {
+
+struct D {
+  static constexpr int kRows = 1, kVectors = 4;
+  static uint32_t broadcast(const int8_t* p) {
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    return four;
+  }
+  static float fma(float a, float b, float c) { return std::fma(a, b, c); }
+  static uint32_t multiply(uint32_t a, uint32_t b) { return a * b; }
+  static uint32_t nearest(float x) { return static_cast<uint32_t>(static_cast<int32_t>(std::lrint(x))); }
+  static void store_codes(int8_t* p, uint32_t x) { *p = static_cast<int8_t>(x); }
+  static float clamp(float x, float low, float high) {
+    const float risen = x > low ? x : low;
+    return risen < high ? risen : high;
+  }
+  static int32_t total(uint32_t x) { return static_cast<int32_t>(x); }
+
+  template <int kBias>
+  struct Lanes {
+    static constexpr int32_t kOffset = kBias;
+    uint32_t u;
+    static Lanes load(const uint8_t* p) {
+      Lanes out;
+      std::memcpy(&out.u, p, 4);
+      return out;
+    }
+    static uint32_t dot(uint32_t acc, Lanes w, uint32_t x) {
+      for (int shift = 0; shift < 32; shift += 8) {
+        acc += static_cast<uint32_t>(static_cast<int8_t>(x >> shift) * static_cast<int32_t>(w.u >> shift & 0xFF));
+      }
+      return acc;
+    }
+  };
+  using Wide = Lanes<128>;
+  using Narrow = Lanes<8>;
+};
+
+}  // namespace
+}  // namespace zo::cpu
+
+#include "cpu/product.inl"
+#include "cpu/quantize.inl"
+
+namespace zo::cpu {
+void multiply_scalar(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end) {
+  multiply_here(p, panel, panel_end, tile, tile_end);
+}
+uint32_t largest_scalar(const Quantize& q, int64_t begin, int64_t end) { return largest_here(q, begin, end); }
+void quantize_scalar(const Quantize& q, int64_t begin, int64_t end, uint32_t largest) {
+  quantize_here(q, begin, end, largest);
+}
+void widen_scalar(const Quantize& q, int64_t begin, int64_t end, float* out) { widen_here(q, begin, end, out); }
+}  // namespace zo::cpu

@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: Apache-2.0
+// quantize_rows, qlinear and qconv2d behind their schemas: tensors become raw pointers and tables, the work is cut
+// into ranges for torch's threads. What would read or write out of bounds is checked here, the rest in Python.
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <memory>
+
+#include "cpu/ops.h"
+#include "cpu/plan.h"
+
+namespace zo::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::parallel_for;
+
+// Memory for one call after another: megabytes allocated anew would be faulted in page by page each time.
+class Arena {
+ public:
+  void reset() {
+    if (blocks_.size() > 1) {  // next time, one block holds it all
+      blocks_.clear();
+      blocks_.emplace_back(new char[static_cast<size_t>(total_)]);
+      capacity_ = total_;
+    }
+    used_ = 0;
+    total_ = capacity_;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;  // 64 to read past the end
+    if (used_ + bytes > capacity_) {
+      capacity_ = std::max<int64_t>(bytes, 1 << 16) + 64;
+      total_ += capacity_;
+      blocks_.emplace_back(new char[static_cast<size_t>(capacity_)]);
+      used_ = 0;
+    }
+    char* base = blocks_.back().get();
+    const int64_t shift = (64 - static_cast<int64_t>(reinterpret_cast<uintptr_t>(base + used_) % 64)) % 64;
+    used_ += bytes;
+    return reinterpret_cast<T*>(base + used_ - bytes + shift);
+  }
+
+ private:
+  std::vector<std::unique_ptr<char[]>> blocks_;
+  int64_t used_ = 0, capacity_ = 0, total_ = 0;
+};
+
+Arena& arena() {
+  static thread_local Arena one;
+  one.reset();
+  return one;
+}
+
+Dtype dtype_of(const std::string& op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16, got another dtype; cast it, or call ",
+                  "torch.ops.zo_kernels.", op, ".reference");
+}
+
+Tensor floats(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return torch::stable::contiguous(t);
+  Tensor out = torch::stable::new_empty(t, t.sizes(), ScalarType::Float);
+  return torch::stable::copy_(out, t);
+}
+
+// [B, C, H, W] as contiguous [B, H, W, C]: a view where the memory is channels_last.
+Tensor pixels_last(const Tensor& t) {
+  const Tensor view = torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3);
+  return torch::stable::contiguous(view);
+}
+Tensor channels_first(const Tensor& t) {
+  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
+}
+
+constexpr int64_t kGrain = 1 << 14;  // values that are worth a thread
+
+// Codes, scales and sums of `rows` rows, of which each `rows_per_scale` share a scale.
+void quantize_all(const Quantize& q, int64_t rows, int64_t rows_per_scale, float* scales) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / q.channels);
+  if (rows_per_scale == 1) {
+    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const uint32_t most = largest(q, row, row + 1);
+        scales[row] = scale_of(most);
+        quantize(q, row, row + 1, most);
+      }
+    });
+    return;
+  }
+  const int64_t samples = rows / rows_per_scale;
+  const std::unique_ptr<std::atomic<uint32_t>[]> most(new std::atomic<uint32_t>[static_cast<size_t>(samples)]());
+  const auto each_sample = [&](const auto& run) {  // run(sample, begin, end)
+    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t sample = begin / rows_per_scale, stop = std::min(end, (sample + 1) * rows_per_scale);
+        run(sample, begin, stop);
+        begin = stop;
+      }
+    });
+  };
+  each_sample([&](int64_t sample, int64_t begin, int64_t end) {
+    const uint32_t here = largest(q, begin, end);
+    uint32_t before = most[sample].load();
+    while (before < here && !most[sample].compare_exchange_weak(before, here)) {
+    }
+  });
+  each_sample([&](int64_t sample, int64_t begin, int64_t end) { quantize(q, begin, end, most[sample].load()); });
+  for (int64_t sample = 0; sample < samples; ++sample) scales[sample] = scale_of(most[sample].load());
+}
+
+Quantize quantize_of(const std::string& op, const Tensor& x, int64_t channels, const MaybeTensor& in_scale) {
+  Quantize q{};
+  q.x = x.const_data_ptr();
+  q.dtype = dtype_of(op, "x", x);
+  q.channels = q.stride = channels;
+  q.groups = 1;
+  if (in_scale) {
+    STD_TORCH_CHECK(in_scale->scalar_type() == ScalarType::Float && in_scale->is_contiguous() &&
+                        in_scale->numel() == channels,
+                    op, ": in_scale must be contiguous float32 [", channels, "], got another; call zo_kernels.ops.", op);
+    q.in_scale = static_cast<const float*>(in_scale->const_data_ptr());
+  }
+  return q;
+}
+
+// The arguments that both ops share.
+struct Layer {
+  std::string op;
+  Tensor qweight, scale;
+  MaybeTensor zero_point, bias;
+  int64_t bits, act_bits;
+  MaybeTensor x_scale, in_scale;
+  std::string activation;
+  MaybeTensor residual;
+  std::string perturb, kind;
+  int64_t seed, stream;
+  Numbers draws;
+  MaybeTensor coeffs;
+  int64_t headroom;
+  MaybeDtype out_dtype;
+};
+
+// Activations as a product reads them, by pixel; a row of a linear layer is a pixel.
+struct Pixels {
+  const void* data;
+  int64_t stride;       // elements
+  const int32_t* sums;  // [pixels][groups of a pixel]
+  const float* scale;   // one for `rows_per_scale` pixels
+  bool has_minus_128;
+};
+
+Pixels integer_pixels(const Layer& l, const Tensor& x, int64_t pixels, int64_t channels, int64_t pixels_per_scale,
+                      int64_t groups, Arena& memory) {
+  const int64_t padded = (channels + 3) / 4 * 4;
+  int32_t* sums = memory.take<int32_t>(pixels * groups);
+  Pixels out{nullptr, padded, sums, nullptr, false};
+  if (x.scalar_type() != ScalarType::Char) {
+    Quantize q = quantize_of(l.op, x, channels, l.in_scale);
+    q.codes = memory.take<int8_t>(pixels * padded);
+    q.padded = padded;
+    q.sums = sums;
+    q.groups = groups;
+    float* scale = memory.take<float>(pixels / pixels_per_scale);
+    quantize_all(q, pixels, pixels_per_scale, scale);
+    out.data = q.codes;
+    out.scale = scale;
+    return out;
+  }
+  const auto* from = static_cast<const int8_t*>(x.const_data_ptr());
+  int8_t* copy = padded == channels ? nullptr : memory.take<int8_t>(pixels * padded);
+  std::atomic<bool> has_minus_128{false};
+  parallel_for(0, pixels, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+    bool found = false;
+    for (int64_t i = begin; i < end; ++i) {
+      const int8_t* row = from + i * channels;
+      for (int64_t g = 0; g < groups; ++g) {
+        int32_t sum = 0;
+        for (int64_t c = g * (channels / groups); c < (g + 1) * (channels / groups); ++c) {
+          sum += row[c];
+          found |= row[c] == -128;
+        }
+        sums[i * groups + g] = sum;
+      }
+      if (copy != nullptr) {
+        std::copy_n(row, channels, copy + i * padded);
+        std::fill_n(copy + i * padded + channels, padded - channels, int8_t{0});
+      }
+    }
+    if (found) has_minus_128 = true;
+  });
+  STD_TORCH_CHECK(l.x_scale && l.x_scale->scalar_type() == ScalarType::Float && l.x_scale->is_contiguous() &&
+                      l.x_scale->numel() == pixels / pixels_per_scale,
+                  l.op, ": x_scale must be contiguous float32 [", pixels / pixels_per_scale,
+                  "], got another; give what quantize_rows returned");
+  out.data = copy != nullptr ? copy : from;
+  out.scale = static_cast<const float*>(l.x_scale->const_data_ptr());
+  out.has_minus_128 = has_minus_128;
+  return out;
+}
+
+Pixels float_pixels(const Layer& l, const Tensor& x, int64_t pixels, int64_t channels, Arena& memory) {
+  Pixels out{x.const_data_ptr(), channels, nullptr, nullptr, false};
+  const Quantize q = quantize_of(l.op, x, channels, l.in_scale);
+  if (q.dtype == Dtype::f32 && q.in_scale == nullptr) return out;
+  float* copy = memory.take<float>(pixels * channels);
+  parallel_for(0, pixels, std::max<int64_t>(1, kGrain / channels),
+               [&](int64_t begin, int64_t end) { widen(q, begin, end, copy); });
+  out.data = copy;
+  return out;
+}
+
+// The scales of each set, perturbed: [sets][n * groups].
+const float* perturbed_scales(const Layer& l, const float* scale, int64_t count, const float* coeffs, Arena& memory) {
+  const bool relative = l.perturb == "scale_relative";
+  const int64_t sets = static_cast<int64_t>(l.draws.size());
+  float* out = memory.take<float>(sets * count);
+  const float one = 1.0f;
+  parallel_for(0, sets, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      float* at = out + s * count;
+      if (relative) {
+        std::fill_n(at, count, 1.0f);
+      } else {
+        std::copy_n(scale, count, at);
+      }
+      Call call{};
+      call.op = Op::add_noise;
+      call.seed = static_cast<uint64_t>(l.seed);
+      call.kind = l.kind == "normal" ? Kind::normal : Kind::rademacher;
+      call.count = 1;
+      call.draws = &l.draws[static_cast<size_t>(s)];
+      call.factors = coeffs + s;
+      call.hyper = &one;
+      update({at, Dtype::f32, static_cast<uint32_t>(l.stream), 0.0f, 0, count, {}}, call);
+      if (!relative) continue;
+      for (int64_t i = 0; i < count; ++i) at[i] = scale[i] * at[i];
+    }
+  });
+  return out;
+}
+
+// Offsets, sums and scales of the rows, tile by tile.
+void fill_tables(Product& p, const Geometry& g, const Pixels& a, bool per_sample, Arena& memory) {
+  const int64_t tiles = p.sets * p.tiles, tap_groups = p.groups == 1 ? 1 : p.groups / p.taps;
+  auto* offset = memory.take<int32_t>(tiles * p.taps * kTile);
+  auto* sums = a.sums != nullptr ? memory.take<int32_t>(tiles * p.groups * kTile) : nullptr;
+  auto* scale = a.scale != nullptr ? memory.take<float>(tiles * kTile) : nullptr;
+  parallel_for(0, tiles, std::max<int64_t>(1, 1024 / (p.taps + p.groups)), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = row_of(p, t);
+      for (int64_t i = 0; i < rows_of(p, t); ++i) {
+        const Position at(g, first + i);
+        if (scale != nullptr) scale[t * kTile + i] = a.scale[per_sample ? at.sample : first + i];
+        if (sums != nullptr && p.groups == 1) sums[t * kTile + i] = 0;
+        for (int64_t tap = 0; tap < p.taps; ++tap) {
+          const int64_t pixel = at.seen_through(g, tap);
+          offset[(t * p.taps + tap) * kTile + i] = pixel < 0 ? kOutside : static_cast<int32_t>(pixel * a.stride);
+          if (sums == nullptr) continue;
+          if (p.groups == 1) {
+            sums[t * kTile + i] += pixel < 0 ? 0 : a.sums[pixel];
+            continue;
+          }
+          for (int64_t k = 0; k < tap_groups; ++k) {
+            sums[(t * p.groups + tap * tap_groups + k) * kTile + i] = pixel < 0 ? 0 : a.sums[pixel * tap_groups + k];
+          }
+        }
+      }
+    }
+  });
+  p.offset = offset;
+  p.sums = sums;
+  p.row_scale = scale;
+}
+
+int64_t panels_of(const Product& p) { return (p.n + kPanel - 1) / kPanel; }
+
+// Many rows are shared out by tiles, each thread reading all weights; few by panels, each weight being read once.
+void run(const Product& p) {
+  const int64_t tiles = p.sets * p.tiles, panels = panels_of(p), threads = torch::stable::get_num_threads();
+  const bool large = 2 * p.n * p.rows * p.sets * p.taps * p.channels >= 1 << 18;  // worth a second thread
+  if (tiles >= 32 * threads) {
+    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { multiply(p, 0, panels, begin, end); });
+  } else {
+    parallel_for(0, panels, large ? 1 : panels, [&](int64_t begin, int64_t end) { multiply(p, begin, end, 0, tiles); });
+  }
+}
+
+// `x` and `residual`: pixel by pixel, contiguous. Returns [rows, N] in the memory order of the pixels.
+Tensor multiply_layer(const Layer& l, const Tensor& x, const MaybeTensor& residual, const Geometry& g,
+                      int64_t channels, bool per_sample, std::vector<int64_t> out_shape) {
+  Arena& memory = arena();
+  const int64_t pixels = g.samples * g.height * g.width;
+  const bool integers = l.act_bits == 8 || x.scalar_type() == ScalarType::Char;
+  Product p{};
+  p.taps = g.taps();
+  p.channels = channels;
+  p.bits = static_cast<int>(l.bits);
+  p.n = l.scale.size(0);
+  p.groups = l.scale.dim() == 1 ? 1 : l.scale.size(1);
+  p.sets = std::max<int64_t>(1, static_cast<int64_t>(l.draws.size()));
+  p.rows = g.rows() / p.sets;
+  p.tiles = (p.rows + kTile - 1) / kTile;
+
+  // The output.
+  const ScalarType result = l.out_dtype.value_or(x.scalar_type() == ScalarType::Char ? ScalarType::Float : x.scalar_type());
+  Tensor out = torch::stable::new_empty(l.scale, out_shape, result);
+  if (out.numel() == 0) return out;
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = dtype_of(l.op, "out_dtype", out);
+
+  // The weight.
+  const int64_t run_length = p.taps * channels / p.groups, step = 32 / l.bits;
+  STD_TORCH_CHECK(l.bits == 8 || l.bits == 4, l.op, ": bits must be 8 or 4, got ", l.bits, "; choose one");
+  STD_TORCH_CHECK(p.groups == 1 || (run_length % 8 == 0 && channels % run_length == 0), l.op,
+                  ": groups of scales must be of a multiple of 8 that divides the ", channels, " channels, got ",
+                  run_length, "; call torch.ops.zo_kernels.", l.op, ".reference");
+  const Tensor qweight = torch::stable::contiguous(l.qweight);
+  STD_TORCH_CHECK(qweight.is_cpu() && qweight.scalar_type() == ScalarType::Byte && qweight.numel() == panels_of(p) * p.taps * ((channels + step - 1) / step) * 4 * kPanel,
+                  l.op, ": qweight must be uint8 on the CPU, packed for ", p.n, " rows of ", p.taps, " * ", channels,
+                  " codes, got ", qweight.numel(), " bytes; give what zo_kernels.packing.pack returns");
+  p.weight = static_cast<const uint8_t*>(qweight.const_data_ptr());
+  STD_TORCH_CHECK(l.scale.is_cpu() && l.scale.scalar_type() == ScalarType::Float, l.op,
+                  ": scale must be float32 on the CPU, got another; call zo_kernels.ops.", l.op);
+  const Tensor scale = torch::stable::contiguous(l.scale);
+  p.scale = static_cast<const float*>(scale.const_data_ptr());
+  Tensor zero_point, bias;
+  if (l.zero_point) {
+    zero_point = torch::stable::contiguous(*l.zero_point);
+    STD_TORCH_CHECK(zero_point.scalar_type() == ScalarType::Char && zero_point.numel() == scale.numel(), l.op,
+                    ": zero_point must be int8 of the size of scale, got another; call zo_kernels.ops.", l.op);
+    p.zero_point = static_cast<const int8_t*>(zero_point.const_data_ptr());
+  }
+  if (l.bias) {
+    bias = floats(*l.bias);
+    STD_TORCH_CHECK(bias.numel() == p.n, l.op, ": bias must be [", p.n, "], got ", bias.numel(), " values; check it");
+    p.bias = static_cast<const float*>(bias.const_data_ptr());
+  }
+  if (residual) {
+    STD_TORCH_CHECK(residual->numel() == out.numel(), l.op, ": residual must have the shape of the output (", out.numel(),
+                    " values), got ", residual->numel(), "; check which layer it follows");
+    p.residual = residual->const_data_ptr();
+    p.residual_dtype = dtype_of(l.op, "residual", *residual);
+  }
+  p.activation = l.activation == "silu"   ? Activation::silu
+                 : l.activation == "gelu" ? Activation::gelu
+                                          : Activation::none;
+
+  // The perturbation.
+  if (!l.draws.empty()) {
+    STD_TORCH_CHECK(l.coeffs && l.coeffs->is_cpu() && l.coeffs->is_contiguous() &&
+                        l.coeffs->scalar_type() == ScalarType::Float && l.coeffs->numel() == p.sets &&
+                        g.rows() % p.sets == 0,
+                    l.op, ": coeffs must be contiguous float32 on the CPU, one for each of ", p.sets,
+                    " draws that share the rows evenly, got others; call zo_kernels.ops.", l.op);
+    p.coeffs = static_cast<const float*>(l.coeffs->const_data_ptr());
+    p.draws = l.draws.data();
+    p.seed = static_cast<uint64_t>(l.seed);
+    p.stream = static_cast<uint32_t>(l.stream);
+    if (l.perturb == "weight") p.perturb = Perturb::weight;
+    if (l.perturb == "codes") p.perturb = Perturb::codes;
+    if (p.perturb == Perturb::none) {
+      p.scale = perturbed_scales(l, p.scale, scale.numel(), p.coeffs, memory);
+      p.scale_stride = scale.numel();
+    }
+    for (int64_t s = 0; p.perturb == Perturb::codes && s < p.sets; ++s) {
+      const float d = p.coeffs[s];
+      STD_TORCH_CHECK(d == static_cast<float>(static_cast<int>(d)) && std::abs(d) <= static_cast<float>(l.headroom), l.op,
+                      ": coeffs must be whole numbers of at most ", l.headroom, " (headroom) for perturb='codes', got ", d,
+                      "; use perturb='weight', or quantize with more headroom");
+    }
+  }
+
+  // The activations.
+  const int64_t tap_groups = p.groups == 1 ? 1 : p.groups / p.taps;
+  const int64_t pixels_per_scale = per_sample ? g.height * g.width : 1;
+  const Pixels a = integers ? integer_pixels(l, x, pixels, channels, pixels_per_scale, tap_groups, memory)
+                            : float_pixels(l, x, pixels, channels, memory);
+  STD_TORCH_CHECK(pixels * a.stride <= std::numeric_limits<int32_t>::max(), l.op, ": x must have less than 2^31 values, got ",
+                  pixels * a.stride, "; split the batch");
+  p.a = a.data;
+  p.has_minus_128 = a.has_minus_128;
+  char* zeros = memory.take<char>((a.stride + 64) * (integers ? 1 : 4));
+  std::fill_n(zeros, (a.stride + 64) * (integers ? 1 : 4), char{0});
+  p.zeros = zeros;
+  fill_tables(p, g, a, per_sample, memory);
+  const std::vector<Chunk> chunks = chunks_of(p.taps, p.channels, p.groups, integers);
+  p.chunks = chunks.data();
+  p.chunk_count = static_cast<int64_t>(chunks.size());
+  run(p);
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, bool per_sample, MaybeTensor in_scale) {
+  const std::string op = "quantize_rows";
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && (!per_sample || x.dim() == 4), op, ": x must be on the CPU, [..., K] or [B, ",
+                  "C, H, W], got ", x.dim(), " dimensions; call zo_kernels.ops.quantize_rows");
+  const Tensor pixels = per_sample ? pixels_last(x) : torch::stable::contiguous(x);
+  const int64_t channels = pixels.size(pixels.dim() - 1);
+  std::vector<int64_t> lead(pixels.sizes().begin(), pixels.sizes().end() - 1);
+  if (per_sample) lead.resize(1);
+  Tensor codes = torch::stable::new_empty(x, pixels.sizes(), ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, lead, ScalarType::Float);
+  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
+  if (pixels.numel() == 0) {
+    std::fill_n(scales, scale.numel(), 0.0f);
+  } else {
+    Quantize q = quantize_of(op, pixels, channels, in_scale);
+    q.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+    q.padded = channels;
+    const int64_t rows = pixels.numel() / channels;
+    quantize_all(q, rows, per_sample ? rows / x.size(0) : 1, scales);
+  }
+  return {per_sample ? channels_first(codes) : codes, scale};
+}
+
+Tensor qlinear(Tensor x, Tensor qweight, Tensor scale, MaybeTensor zero_point, MaybeTensor bias, int64_t bits,
+               int64_t act_bits, MaybeTensor x_scale, MaybeTensor in_scale, std::string activation, MaybeTensor residual,
+               std::string perturb, std::string kind, int64_t seed, int64_t stream, Numbers draws, MaybeTensor coeffs,
+               int64_t headroom, MaybeDtype out_dtype) {
+  const Layer l{"qlinear", qweight, scale, zero_point, bias, bits, act_bits, x_scale, in_scale, activation, residual,
+                perturb, kind, seed, stream, draws, coeffs, headroom, out_dtype};
+  const Tensor rows = torch::stable::contiguous(x);
+  const int64_t channels = rows.size(rows.dim() - 1);
+  std::vector<int64_t> shape(rows.sizes().begin(), rows.sizes().end());
+  shape.back() = scale.size(0);
+  const int64_t count = channels == 0 ? 0 : rows.numel() / channels;
+  const Geometry g{1, count, 1, count, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const MaybeTensor added = residual ? MaybeTensor(torch::stable::contiguous(*residual)) : residual;
+  return multiply_layer(l, rows, added, g, channels, false, shape);
+}
+
+Tensor qconv2d(Tensor x, Tensor qweight, Tensor scale, MaybeTensor zero_point, MaybeTensor bias, Numbers kernel_size,
+               Numbers stride, Numbers padding, Numbers dilation, int64_t groups, int64_t bits, int64_t act_bits,
+               MaybeTensor x_scale, MaybeTensor in_scale, std::string activation, MaybeTensor residual,
+               std::string perturb, std::string kind, int64_t seed, int64_t stream, Numbers draws, MaybeTensor coeffs,
+               int64_t headroom, MaybeDtype out_dtype) {
+  const Layer l{"qconv2d", qweight, scale, zero_point, bias, bits, act_bits, x_scale, in_scale, activation, residual,
+                perturb, kind, seed, stream, draws, coeffs, headroom, out_dtype};
+  STD_TORCH_CHECK(groups == 1 && x.dim() == 4 && kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 &&
+                      dilation.size() == 2 && std::min({stride[0], stride[1], dilation[0], dilation[1]}) >= 1,
+                  "qconv2d: x must be [B, C, H, W] and groups 1, got others; call zo_kernels.ops.qconv2d");
+  const Tensor pixels = pixels_last(x);
+  Geometry g{pixels.size(0), pixels.size(1), pixels.size(2), 0, 0, {}, {}, {}, {}};
+  int64_t* const out_size[2] = {&g.out_height, &g.out_width};
+  for (int i = 0; i < 2; ++i) {
+    g.kernel[i] = kernel_size[i];
+    g.stride[i] = stride[i];
+    g.padding[i] = padding[i];
+    g.dilation[i] = dilation[i];
+    const int64_t room = pixels.size(1 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "qconv2d: x must be as large as the kernel, got ", pixels.size(1 + i),
+                    " pixels; pad it or use a larger picture");
+    *out_size[i] = room / stride[i] + 1;
+  }
+  const MaybeTensor added = residual ? MaybeTensor(pixels_last(*residual)) : residual;
+  return channels_first(multiply_layer(l, pixels, added, g, pixels.size(3), true,
+                                       {g.samples, g.out_height, g.out_width, scale.size(0)}));
+}
+
+}  // namespace zo::cpu
