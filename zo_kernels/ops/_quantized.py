@@ -207,6 +207,9 @@ def _check_weight(call: Call, layer: Layer) -> None:
         requirement, got = f"{list(shape)}, {codes}", f"shape {list(call.qweight.shape)}"
         raise ValueError(refusal(op, "qweight", requirement, got, advice))
     check_tensor(op, "qweight", call.qweight, UINT8, shape, call.x.device, "")
+    if not call.qweight.is_contiguous():
+        got = f"strides {call.qweight.stride()}"
+        raise ValueError(refusal(op, "qweight", "contiguous", got, "call .contiguous() once"))
     parts = call.scale_groups
     if parts > 1 and (layer.k % parts or layer.channels % (layer.k // parts)):
         requirement = f"of groups that divide the {layer.channels} input channels"
@@ -257,18 +260,17 @@ def _check_perturbation(call: Call, layer: Layer) -> None:
             raise ValueError(refusal(op, "zero_point", "None where perturb='codes'", "one", advice))
 
 
-def steps(op: str, coeffs: Tensor, headroom: int) -> list[int]:
-    """The values of `coeffs` where perturb="codes".
+def check_steps(op: str, coeffs: Tensor, headroom: int) -> None:
+    """Raise unless the values of `coeffs` are what perturb="codes" takes.
 
     Raises:
         ValueError: one is not a whole number, or exceeds the headroom.
     """
-    for value in coeffs.tolist():
-        if value != value or abs(value) > headroom or value != int(value):
+    for c in coeffs.tolist():
+        if not (abs(c) <= headroom and c == int(c)):
             requirement = f"whole numbers up to the headroom of {headroom}"
             advice = "round it, or use perturb='weight'"
-            raise ValueError(refusal(op, "coeffs", requirement, value, advice))
-    return [int(value) for value in coeffs.tolist()]
+            raise ValueError(refusal(op, "coeffs", requirement, c, advice))
 
 
 def normalized(
@@ -284,8 +286,9 @@ def normalized(
         coeffs = _updates.float32(op, "coeffs", coeffs)
     elif coeffs is not None:
         coeffs = coeffs.contiguous()
-    if perturb == "codes" and coeffs is not None and not torch.compiler.is_compiling():
-        steps(op, coeffs, headroom)
+    is_read = perturb == "codes" and headroom > 0 and not torch.compiler.is_compiling()
+    if is_read and coeffs is not None and not coeffs.is_meta:
+        check_steps(op, coeffs, headroom)
     wrapped = [_updates.int64(op, "draws", draw) for draw in draws]
     return _updates.int64(op, "seed", seed), wrapped, coeffs
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zo_kernels import rng
-from zo_kernels.ops._quantized import LANES, Call, Layer, steps
+from zo_kernels.ops._quantized import LANES, Call, Layer, check_steps
 from zo_kernels.ops.quantize_rows import quantize_rows_ref
 from zo_kernels.packing import unpack_rows
 
@@ -51,22 +51,39 @@ def evaluate(call: Call, layer: Layer, products: Products) -> Tensor:
     a, x_scale, dtype = _activations(call, layer)
     q = codes(call, layer, dtype)
     out = call.x.new_empty((*layer.lead, layer.n), dtype=call.result_dtype)
-    for p, rows in _parts(call):
-        sums = _sums(call, products, a[rows], q)
-        scale = call.scale
+    for rows, draw, c in _parts(call, layer):
+        sums, scale = _sums(call, products, a[rows], q), call.scale
         if call.perturb.startswith("scale"):
-            scale = _perturbed_scale(call, p)
+            change = c * _noise(call, draw, scale.shape)
+            scale = scale + change if call.perturb == "scale" else scale * (1.0 + change)
         elif call.perturb != "none":
-            signs = _noise(call, p, (layer.n, layer.k)).to(dtype)
+            unit = LANES[call.bits] if call.perturb == "codes" else 1  # steps of a code
+            signs = _noise(call, draw, (layer.n, layer.k)).to(dtype)
             both = zip(sums, _sums(call, products, a[rows], signs), strict=True)
-            step, unit = _step(call, layer, p)
-            sums = (_moved(call, plain, sign, step, unit) for plain, sign in both)
+            sums = (_moved(call, plain, sign, c, unit) for plain, sign in both)
             if call.is_integer:
                 scale = scale * (1 / unit)
         per_row = None if x_scale is None else x_scale[rows]
         residual = None if call.residual is None else call.residual[rows]
         out[rows] = _epilogue(call, sums, scale, per_row, residual)
     return out
+
+
+def _parts(call: Call, layer: Layer) -> Iterator[tuple[Any, int, float]]:
+    """Samples, draw and coefficient of each perturbation; all samples where there is none."""
+    if call.coeffs is None:
+        yield ..., 0, 0.0
+        return
+    if call.perturb == "codes":
+        check_steps(layer.op, call.coeffs, call.headroom)
+    size = call.x.shape[0] // len(call.draws)
+    for p, (draw, c) in enumerate(zip(call.draws, call.coeffs.tolist(), strict=True)):
+        yield slice(p * size, (p + 1) * size), draw, c
+
+
+def _noise(call: Call, draw: int, shape: Sequence[int]) -> Tensor:
+    where: dict[str, Any] = {"seed": call.seed, "draw": draw, "stream": call.stream}
+    return rng.noise(shape, kind=call.kind, device=call.x.device, **where)
 
 
 def _sums(call: Call, products: Products, a: Tensor, weight: Tensor) -> Iterable[Tensor]:
@@ -103,46 +120,13 @@ def codes(call: Call, layer: Layer, dtype: torch.dtype) -> Tensor:
     return values
 
 
-def _parts(call: Call) -> Iterator[tuple[int, Any]]:
-    """Each perturbation with its samples; one with all of them where there is none."""
-    if call.perturb == "none":
-        yield 0, ...
-        return
-    size = call.x.shape[0] // len(call.draws)
-    for p in range(len(call.draws)):
-        yield p, slice(p * size, (p + 1) * size)
-
-
-def _noise(call: Call, p: int, shape: Sequence[int]) -> Tensor:
-    where: dict[str, Any] = {"seed": call.seed, "draw": call.draws[p], "stream": call.stream}
-    return rng.noise(shape, kind=call.kind, device=call.x.device, **where)
-
-
-def _coefficients(call: Call) -> list[float]:
-    assert call.coeffs is not None  # where something is perturbed; `check` sees to it
-    return call.coeffs.tolist()
-
-
-def _perturbed_scale(call: Call, p: int) -> Tensor:
-    change = _coefficients(call)[p] * _noise(call, p, call.scale.shape)
-    return call.scale + change if call.perturb == "scale" else call.scale * (1.0 + change)
-
-
-def _step(call: Call, layer: Layer, p: int) -> tuple[float, int]:
-    """The coefficient of R in units of a code / unit, and that unit."""
-    if call.perturb == "weight":
-        return _coefficients(call)[p], 1
-    assert call.coeffs is not None
-    return steps(layer.op, call.coeffs, call.headroom)[p], LANES[call.bits]
-
-
-def _moved(call: Call, sums: Tensor, signs: Tensor, step: float, unit: int) -> Tensor:
-    """The sums over codes that were moved by `step` R."""
+def _moved(call: Call, sums: Tensor, signs: Tensor, c: float, unit: int) -> Tensor:
+    """The sums over codes that were moved by c R / unit; in units of that where they are exact."""
     if not call.is_integer:
-        return sums.to(call.wide) + (step / unit) * signs.to(call.wide)
+        return sums.to(call.wide) + (c / unit) * signs.to(call.wide)
     if call.perturb == "codes":
-        return unit * sums + int(step) * signs
-    return sums.float() + step * signs.float()
+        return unit * sums + int(c) * signs
+    return sums.float() + c * signs.float()
 
 
 def _epilogue(
