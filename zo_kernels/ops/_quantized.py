@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call of `qlinear` or `qconv2d` consists of, and its checks."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zo_kernels import rng
 from zo_kernels.ops import _updates
-from zo_kernels.packing import pack, packed_shape
+from zo_kernels.packing import packed_shape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP32, INT8, UINT8 = (torch.float32,), (torch.int8,), (torch.uint8,)
@@ -291,21 +291,3 @@ def normalized(
         check_steps(op, coeffs, headroom)
     wrapped = [_updates.int64(op, "draws", draw) for draw in draws]
     return _updates.int64(op, "seed", seed), wrapped, coeffs
-
-
-def examples(
-    shape: Sequence[int], parts: Sequence[int]
-) -> Iterator[tuple[dict[str, Any], torch.dtype, dict[str, Any]]]:
-    """What describes a weight of `shape` in 8 and in 4 bits, with one or several scales for a row
-    and with zero points or not; a dtype of x; and what describes a perturbation of it."""
-    g = torch.Generator().manual_seed(0)
-    where = {"seed": -5, "stream": rng.WORD, "draws": [3, -(2**40)], "headroom": 2}
-    for i, (bits, zero) in enumerate(((8, False), (8, True), (4, True), (4, False))):
-        codes = torch.randint(-7, 8, tuple(shape), dtype=torch.int8, generator=g)
-        scale = torch.linspace(1e-3, 2e-3, shape[0] * parts[i]).view(shape[0], parts[i])
-        scale = scale.squeeze(1) if parts[i] == 1 else scale
-        zero_point = torch.randint(-4, 4, scale.shape, dtype=torch.int8, generator=g)
-        weight = {"qweight": pack(codes, bits), "scale": scale, "bits": bits}
-        weight |= {"zero_point": zero_point} if zero else {}
-        coeffs = torch.tensor([1.0, -2.0])
-        yield weight, FLOATS[i], where | {"coeffs": coeffs, "perturb": PERTURBATIONS[1 + i]}

@@ -8,6 +8,14 @@ fp32 operation, in the order written here and never contracted to fma; kernels r
     y = acc_0 * scale[n, 0] + acc_1 * scale[n, 1] + ...;  y = y * x_scale[m];  y = y + bias[n]
     y = activation(y);  y = y + residual
 
+A perturbation of coefficient c changes that to
+
+    "scale"           scale + c * z
+    "scale_relative"  scale * (1 + c * z)
+    "weight"          float(acc_g) + c * float(accR_g), accR_g = sum of a[m, k] * R[n, k]
+    "codes"           float(unit * acc_g + c * accR_g) and scale * (1 / unit), where a step of a
+                      code has 1 unit (8 bits) or 16 (4 bits)
+
 fp64 holds the integer sums exactly, whatever the order that a matrix product adds them in.
 Otherwise the product runs in the dtype of x where the output has it too, else in fp32.
 """
@@ -88,7 +96,10 @@ def _noise(call: Call, draw: int, shape: Sequence[int]) -> Tensor:
 
 def _sums(call: Call, products: Products, a: Tensor, weight: Tensor) -> Iterable[Tensor]:
     sums = products(a, weight, call.scale_groups)
-    return (acc.to(torch.int32) for acc in sums) if call.is_integer else sums
+    if not call.is_integer:
+        return sums
+    # Rounded for convolutions by way of a transform, which miss the integer by a little.
+    return (acc.round().to(torch.int32) for acc in sums)
 
 
 def _activations(call: Call, layer: Layer) -> tuple[Tensor, Tensor | None, torch.dtype]:

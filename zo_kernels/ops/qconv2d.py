@@ -17,6 +17,7 @@ from zo_kernels._registry import Example, define
 from zo_kernels.ops import _quantized
 from zo_kernels.ops._quantized import Call, Layer, refusal
 from zo_kernels.ops._quantized_backend import backends
+from zo_kernels.ops._quantized_examples import examples
 from zo_kernels.ops._quantized_gradient import gradients, setup_context
 from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
 
@@ -155,7 +156,7 @@ def _examples() -> Iterator[Example]:
     def example(call: Call, geometry: Geometry = padded) -> Example:
         return *call[:5], *geometry, *call[5:]
 
-    for weight, dtype, noise in _quantized.examples((8, 6, 3, 3), (1, 18, 1, 9)):
+    for weight, dtype, noise in examples((8, 6, 3, 3), (1, 18, 1, 9)):
         x = torch.linspace(-1, 1, 2 * 6 * 7 * 9).to(dtype).view(2, 6, 7, 9)
         for act_bits in (16, 8):
             plain = Call(x, **weight, act_bits=act_bits)

@@ -4,9 +4,10 @@ y[m, n] = activation(sum_k x[m, k] * scale[n] * (q[n, k] - zero_point[n]) + bias
 with 8- or 4-bit codes, one scale for a row or for groups of its inputs, activations rounded to int8
 or not, and several seeded perturbations of the weight or of its scales in one pass.
 
-The scale stands behind the sum of integers, as in optimum-quanto's weight-only layers (the stack of
-ZOODiP, arXiv 2503.14868). Dynamic int8 activations with a scale for each row are those of LLM.int8
-(arXiv 2208.07339); perturbing scales alone is QZO's (arXiv 2505.13430).
+Codes with a scale are those of optimum-quanto (the stack of ZOODiP, arXiv 2503.14868), which makes
+a float weight of them at each call; here the scale comes behind the sum. Dynamic int8 activations
+with a scale for each row are LLM.int8's (arXiv 2208.07339), perturbed scales QZO's (arXiv
+2505.13430).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from zo_kernels._registry import Example, define
 from zo_kernels.ops import _quantized
 from zo_kernels.ops._quantized import Call, Layer
 from zo_kernels.ops._quantized_backend import backends
+from zo_kernels.ops._quantized_examples import examples
 from zo_kernels.ops._quantized_gradient import gradients, setup_context
 from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
 
@@ -73,7 +75,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _examples() -> Iterator[Example]:
-    for weight, dtype, noise in _quantized.examples((7, 63), (1, 3, 1, 9)):
+    for weight, dtype, noise in examples((7, 63), (1, 3, 1, 9)):
         x = torch.linspace(-1, 1, 4 * 63).to(dtype).view(4, 63)
         for act_bits in (16, 8):
             plain = Call(x, **weight, act_bits=act_bits)
