@@ -25,6 +25,10 @@ constexpr int kRow = 16 / W;          // vectors of the 16 elements that the blo
 // What of Philox is the same for all blocks of a (seed, stream, draw): round keys, and rounds 1 to 3 as far
 // as they don't depend on the block.
 struct Source {
+  // Constants that are read from memory: spreading an immediate over the lanes takes a port from the shuffles.
+  uint32_t multiplier0 = Philox::kMultiplier0, multiplier1 = Philox::kMultiplier1, one = 1;
+  // Minus the bits of x, it has the exponent -e of `octaves`.
+  uint32_t reverse = BoxMuller::kSqrtHalfBits + (128u << 23) - 1;
   uint32_t key0[Philox::kRounds], key1[Philox::kRounds];
   uint32_t round1, round2, round3;  // what c2 is xored with
   uint32_t round2_c0;               // and c0, in round 2
@@ -48,56 +52,105 @@ struct Source {
 };
 
 // Words of blocks first[i] .. first[i] + W - 1 for N sets of them, which hide each other's latency.
+//
+// The 64-bit products of a round stay as they are, even and odd lanes apart; only the last words are
+// interleaved.
 template <int N>
 inline void philox(U (&w)[N][4], const uint32_t (&first)[N], const Source& s) {
-  U hi0[N], lo0[N], hi1[N], lo1[N];
-  for (int i = 0; i < N; ++i) {  // rounds 1 and 2: one of both products is the same for all blocks
-    V::mulhilo(V::add(V::set(first[i]), V::lane_numbers()), Philox::kMultiplier0, hi0[i], lo0[i]);
-    V::mulhilo(V::bit_xor(hi0[i], V::set(s.round1)), Philox::kMultiplier1, hi1[i], lo1[i]);
-    w[i][0] = V::bit_xor(hi1[i], V::set(s.round2_c0));
-    w[i][1] = lo1[i];
-    w[i][2] = V::bit_xor(lo0[i], V::set(s.round2));
+  using Wide = V::Wide;
+  const U m0 = V::set(s.multiplier0), m1 = V::set(s.multiplier1);
+  // Both products of a round and of the one before. In rounds 1 and 2 one of both is the same for all blocks.
+  Wide p0[N], p1[N], before0[N], before1[N];
+  for (int i = 0; i < N; ++i) {
+    before0[i] = V::times(V::split(V::add(V::set(first[i]), V::lane_numbers())), m0);
+    before1[i] = V::times(V::split(V::bit_xor(V::high(before0[i]), V::set(s.round1))), m1);
   }
-  for (int round = 2; round < Philox::kRounds; ++round) {
-    for (int i = 0; i < N; ++i) V::mulhilo(w[i][0], Philox::kMultiplier0, hi0[i], lo0[i]);
-    for (int i = 0; i < N; ++i) V::mulhilo(w[i][2], Philox::kMultiplier1, hi1[i], lo1[i]);
+  for (int i = 0; i < N; ++i) {  // round 3
+    p0[i] = V::times(V::split(V::bit_xor(V::high(before1[i]), V::set(s.round2_c0))), m0);
+    p1[i] = V::times(V::split(V::bit_xor(V::low(before0[i]), V::set(s.round2))), m1);
+  }
+  for (int i = 0; i < N; ++i) {  // round 4
+    const Wide c0 = V::high_xor(p1[i], before1[i], V::set(s.key0[2]));
+    before0[i] = p0[i], before1[i] = p1[i];
+    p1[i] = V::times(V::split(V::bit_xor(V::high(p0[i]), V::set(s.round3))), m1);
+    p0[i] = V::times(c0, m0);
+  }
+#pragma GCC unroll 6
+  for (int round = 4; round < Philox::kRounds; ++round) {
     for (int i = 0; i < N; ++i) {
-      w[i][0] = V::xor3(hi1[i], w[i][1], V::set(s.key0[round]));
-      w[i][1] = lo1[i];
-      w[i][2] = round == 2 ? V::bit_xor(hi0[i], V::set(s.round3))
-                           : V::xor3(hi0[i], w[i][3], V::set(s.key1[round]));
-      w[i][3] = lo0[i];
+      const Wide c0 = V::high_xor(p1[i], before1[i], V::set(s.key0[round - 1]));
+      const Wide c2 = V::high_xor(p0[i], before0[i], V::set(s.key1[round - 1]));
+      before0[i] = p0[i], before1[i] = p1[i];
+      p0[i] = V::times(c0, m0);
+      p1[i] = V::times(c2, m1);
     }
+  }
+  constexpr int kLast = Philox::kRounds - 1;
+  for (int i = 0; i < N; ++i) {
+    w[i][0] = V::xor3(V::high(p1[i]), V::low(before1[i]), V::set(s.key0[kLast]));
+    w[i][1] = V::low(p1[i]);
+    w[i][2] = V::xor3(V::high(p0[i]), V::low(before0[i]), V::set(s.key1[kLast]));
+    w[i][3] = V::low(p0[i]);
   }
 }
 
-template <int N>
-inline F horner(F x, const float (&c)[N]) {
-  F y = V::add(V::mul(x, V::set(c[N - 1])), V::set(c[N - 2]));
-  for (int i = N - 3; i >= 0; --i) y = V::add(V::mul(y, x), V::set(c[i]));
-  return y;
+// The functions below take M vectors in step, and `keep` holds the compiler to that order. It would finish one
+// chain after the other, and a chain waits for its last result most of the time.
+template <int M, int N>
+inline void horner(F (&y)[M], const F (&x)[M], const float (&c)[N]) {
+  for (int i = 0; i < M; ++i) y[i] = V::keep(V::mul(x[i], V::set(c[N - 1])));
+  for (int i = 0; i < M; ++i) y[i] = V::keep(V::add(y[i], V::set(c[N - 2])));
+#pragma GCC unroll 6
+  for (int j = N - 3; j >= 0; --j) {
+    for (int i = 0; i < M; ++i) y[i] = V::keep(V::mul(y[i], x[i]));
+    for (int i = 0; i < M; ++i) y[i] = V::keep(V::add(y[i], V::set(c[j])));
+  }
+}
+
+// x = m 2^e, sqrt(1/2) <= m < sqrt(2), for x in [1, 2^32]: m and the rounded product (32 - e) kMinus2Ln2.
+template <class X>
+inline void octaves(F x, F& m, F& w, const Source& s) {
+  if constexpr (X::kHasScale) {
+    const F minus_e = X::exponent(V::floats(V::sub(V::set(s.reverse), V::bits(x))));
+    m = X::scale(x, minus_e);
+    // 32 kMinus2Ln2 is exact: so is what is rounded here.
+    w = X::fma(minus_e, V::set(float{BoxMuller::kMinus2Ln2}), V::set(32 * BoxMuller::kMinus2Ln2));
+  } else {
+    const U offset = V::sub(V::bits(x), V::set(BoxMuller::kSqrtHalfBits + BoxMuller::kExponent32));
+    const F exponent = V::from_i32(V::template shift_right_signed<23>(offset));
+    w = V::mul(exponent, V::set(-BoxMuller::kMinus2Ln2));
+    const U fraction = V::bit_and(offset, V::set(0x7FFFFFu));
+    m = V::floats(V::add(fraction, V::set(uint32_t{BoxMuller::kSqrtHalfBits})));
+  }
 }
 
 // sqrt(-2 log(u)), u = (word | 1) / 2^32
-inline F radius(U word) {
-  const U bits = V::bits(V::from_u32(V::bit_or(word, V::set(1u))));
-  const U offset = V::sub(bits, V::set(BoxMuller::kSqrtHalfBits + BoxMuller::kExponent32));
-  const F exponent = V::from_i32(V::template shift_right_signed<23>(offset));
-  const U fraction = V::bit_and(offset, V::set(0x7FFFFFu));
-  const U mantissa = V::add(fraction, V::set(uint32_t{BoxMuller::kSqrtHalfBits}));
-  const F t = V::add(V::floats(mantissa), V::set(-1.0f));
-  return V::sqrt(V::add(V::mul(exponent, V::set(float{BoxMuller::kMinus2Ln2})),
-                        V::mul(t, horner(t, BoxMuller::kLog))));
+template <int M>
+inline void radius(F (&r)[M], const U (&word)[M], const Source& s) {
+  F x[M], m[M], w[M], t[M], log[M];
+  for (int i = 0; i < M; ++i) x[i] = V::from_u32(V::bit_or(word[i], V::set(s.one)));
+  for (int i = 0; i < M; ++i) octaves<V>(x[i], m[i], w[i], s);
+  for (int i = 0; i < M; ++i) t[i] = V::add(m[i], V::set(-1.0f));
+  horner(log, t, BoxMuller::kLog);
+  for (int i = 0; i < M; ++i) r[i] = V::sqrt(V::sub(V::mul(t[i], log[i]), w[i]));
 }
 
 // A point on the unit circle: bits 0..29 an angle in [-pi/4, pi/4), bits 30 and 31 the quarter.
-inline void direction(U word, F& x, F& y) {
-  const F f = V::mul(V::from_i32(V::template shift_left<2>(word)), V::set(0x1p-31f));
-  const F square = V::mul(f, f);
-  const F sin = V::mul(f, horner(square, BoxMuller::kSin));
-  const U sign = V::bit_and(word, V::set(0x80000000u));
-  const F cos = V::floats(V::bit_xor(V::bits(horner(square, BoxMuller::kCos)), sign));
-  V::select_bit30(word, sin, cos, x, y);
+template <int M>
+inline void direction(F (&x)[M], F (&y)[M], const U (&word)[M]) {
+  F f[M], square[M], sin[M], cos[M];
+  for (int i = 0; i < M; ++i) {
+    f[i] = V::mul(V::from_i32(V::template shift_left<2>(word[i])), V::set(0x1p-31f));
+    square[i] = V::mul(f[i], f[i]);
+  }
+  horner(sin, square, BoxMuller::kSin);
+  horner(cos, square, BoxMuller::kCos);
+  for (int i = 0; i < M; ++i) {
+    sin[i] = V::mul(f[i], sin[i]);
+    const U sign = V::bit_and(word[i], V::set(0x80000000u));
+    cos[i] = V::floats(V::bit_xor(V::bits(cos[i]), sign));
+    V::select_bit30(word[i], sin[i], cos[i], x[i], y[i]);
+  }
 }
 
 // 128 normals. Its own function: one copy serves all ops and dtypes, and has all registers.
@@ -106,13 +159,13 @@ __attribute__((noinline)) void normals(F (&z)[kVectors], uint32_t group, const S
     U w[2][4];
     const uint32_t first = 32 * group + lane * W;
     philox<2>(w, {first, first + 16}, s);
-    for (int pair = 0; pair < 4; ++pair) {
-      F x, y;
-      const U* words = w[pair / 2] + pair % 2 * 2;
-      const F r = radius(words[0]);
-      direction(words[1], x, y);
-      z[2 * pair * kRow + lane] = V::mul(r, x);
-      z[(2 * pair + 1) * kRow + lane] = V::mul(r, y);
+    constexpr int kPairs = 4;
+    F r[kPairs], x[kPairs], y[kPairs];
+    radius(r, {w[0][0], w[0][2], w[1][0], w[1][2]}, s);
+    direction(x, y, {w[0][1], w[0][3], w[1][1], w[1][3]});
+    for (int pair = 0; pair < kPairs; ++pair) {
+      z[2 * pair * kRow + lane] = V::mul(r[pair], x[pair]);
+      z[(2 * pair + 1) * kRow + lane] = V::mul(r[pair], y[pair]);
     }
   }
 }
