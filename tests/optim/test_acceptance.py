@@ -3,7 +3,9 @@
 
 1 probe and update use one z, 2 streams are independent, 3 known answers, 4 an exception restores,
 5 no drift, 6 replay, 7 the global random state, 8 odd tensors, 9 memory, 10 the sign of the update,
-11 no bias, 12 resume, 13 ranks, 14 a quantized layer feels its perturbation.
+11 no bias, 12 resume, 13 ranks, 14 a quantized layer feels its perturbation. Those that are not
+here: 3 test_noise_contract.py, 5 test_probes.py, 6 test_trajectory.py, 8 also test_huge.py,
+9 test_memory.py, 11 test_unbiased.py, 12 test_state.py, 13 test_distributed.py.
 """
 
 import hashlib
@@ -123,7 +125,7 @@ def test_14_a_quantized_layer_feels_the_perturbation_of_its_scales():
     model = nn.Sequential(nn.Linear(32, 16))
     quantize_(model)
     [layer] = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    x, codes = torch.randn(4, 32), layer.qweight.float()
+    x, codes = torch.randn(4, 32), layer.codes().float()
     layer.scale.requires_grad_()
     optimizer = ZOSGD([layer.scale], lr=0.0, eps=1e-4)
     losses = []
