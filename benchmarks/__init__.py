@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pytest-benchmark file a claim: `pytest benchmarks/bench_add_noise.py`."""
+"""One module a claim, run by `python -m benchmarks.NAME`; rows are kept in `results/`."""

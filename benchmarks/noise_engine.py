@@ -10,14 +10,20 @@ its published trainer (Malladi et al. 2023): reseed, then for each parameter dra
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import step_memory
+from benchmarks.step_memory import MemoryRow
 from benchmarks.timing import Row, in_turns, keep, machine, text_of
-from zo_kernels.ops import add_noise_
+from zo_kernels import rng
+from zo_kernels._registry import OPS
+from zo_kernels.ops import add_noise_, use_backend
 from zo_kernels.optim import ZOSGD
+from zo_kernels.testing import assert_same_bits
 
 FLOOR = "in-place add (floor)"
 
@@ -29,10 +35,25 @@ def mezo_perturb(params: Sequence[Tensor], seed: int, scale: float) -> None:
         p.data = p.data + scale * z
 
 
-def mezo_step(params: Sequence[Tensor]) -> None:
+def mezo_step(params: list[Tensor]) -> Callable[[], object]:
     """Its perturb, flip, restore and update; the forward passes are left out on both sides."""
-    for scale in (1e-3, -2e-3, 1e-3, -1e-6):
-        mezo_perturb(params, 1, scale)
+
+    def step() -> None:
+        for scale in (1e-3, -2e-3, 1e-3, -1e-6):
+            mezo_perturb(params, 1, scale)
+
+    return step
+
+
+def backend_of(kind: str, dtype: torch.dtype, device: str) -> str:
+    """What `add_noise_` runs on; its bits are compared with the reference's before it is timed."""
+    fast, slow = (torch.ones(4097, dtype=dtype, device=device) for _ in range(2))
+    add_noise_([fast], [0], 1, [0], [1e-3], kind=kind)
+    with use_backend("reference"):
+        add_noise_([slow], [0], 1, [0], [1e-3], kind=kind)
+    assert_same_bits(fast, slow)
+    numbers = (torch.ones(1), torch.tensor(1.0))
+    return OPS["add_noise_"].choose(([fast], [0], 1, [0], *numbers, kind))
 
 
 def one_tensor(elements: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
@@ -57,28 +78,34 @@ def one_tensor(elements: int, dtype: torch.dtype, device: str) -> dict[str, Call
     return candidates | {"torch.normal, then add_": normal_then_add}
 
 
-def steps(params: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Whole two-sided steps over many tensors, without their forward passes."""
+def zo_step(params: list[Tensor], **options: object) -> Callable[[], object]:
+    """A two-sided step of ZOSGD, in place, without its forward passes."""
     for p in params:
         p.requires_grad_()
+    losses = iter(float(i % 2) for i in range(10**9))
+    optimizer = ZOSGD(params, lr=1e-6, probe="in_place", **options)  # type: ignore[arg-type]
+    optimizer.steps = 33  # past the first looks at the grid, which a long run does not notice
+    return lambda: optimizer.step(lambda: next(losses))
 
-    def step_of(**options: object) -> Callable[[], object]:
-        losses = iter(float(i % 2) for i in range(10**9))
-        optimizer = ZOSGD(params, lr=1e-6, probe="in_place", **options)  # type: ignore[arg-type]
-        optimizer.steps = 33  # past the first looks at the grid, which a long run does not notice
-        return lambda: optimizer.step(lambda: next(losses))
+
+STEPS: dict[str, Callable[[list[Tensor]], Callable[[], object]]] = {
+    "ZOSGD.step, normal": zo_step,
+    "ZOSGD.step, normal, keep_perturbed": partial(zo_step, keep_perturbed=True),
+    "ZOSGD.step, rademacher, keep_perturbed": partial(
+        zo_step, kind="rademacher", keep_perturbed=True
+    ),
+    "MeZO's step": mezo_step,
+}
+
+
+def steps(params: list[Tensor]) -> dict[str, Callable[[], object]]:
+    """The floor and whole steps over many tensors."""
 
     def floor() -> None:
         with torch.no_grad():
             torch._foreach_add_(params, 1e-3)
 
-    return {
-        FLOOR: floor,
-        "ZOSGD.step, normal": step_of(),
-        "ZOSGD.step, normal, keep_perturbed": step_of(keep_perturbed=True),
-        "ZOSGD.step, rademacher, keep_perturbed": step_of(kind="rademacher", keep_perturbed=True),
-        "MeZO's step": lambda: mezo_step(params),
-    }
+    return {FLOOR: floor} | {name: make(params) for name, make in STEPS.items()}
 
 
 def unet_shapes() -> list[torch.Size]:
@@ -101,21 +128,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     millions = f"{given.elements / 1e6:.0f} M"
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, Sequence[Row | MemoryRow]] = {}
 
     def measure(title: str, candidates: dict[str, Callable[[], object]]) -> None:
-        groups[title] = in_turns(candidates, floor=FLOOR, rounds=given.rounds)
-        print(text_of(title, groups[title]), flush=True)
+        rows = in_turns(candidates, floor=FLOOR, rounds=given.rounds)
+        groups[title] = rows
+        print(text_of(title, rows), flush=True)
 
     print(machine())
     for dtype in (torch.float32, torch.bfloat16):
         title = f"{millions} values, {str(dtype).removeprefix('torch.')}"
+        for kind in rng.KINDS:
+            print(f"{title}: add_noise_ {kind} runs on {backend_of(kind, dtype, device)}")
         measure(title, one_tensor(given.elements, dtype, device))
     tensors = [torch.zeros(given.elements, device=device)]
     measure(f"a step, one tensor of {millions} values, float32", steps(tensors))
     if given.unet:
-        tensors = [torch.zeros(shape, device=device) for shape in unet_shapes()]
-        measure("a step, the 686 tensors of SD1.5's UNet, float32", steps(tensors))
+        shapes = unet_shapes()
+        title = "the 686 tensors of SD1.5's UNet, float32"
+        tensors = []
+        if (why := step_memory.unavailable(device)) is None:
+            memory = step_memory.measure(STEPS, shapes, device)
+            groups[f"memory of a step, {title}"] = memory
+            print(step_memory.text_of(f"memory of a step, {title}", memory), flush=True)
+        else:
+            print(f"memory of a step: not measured, {why}")
+        tensors = [torch.zeros(shape, device=device) for shape in shapes]
+        measure(f"a step, {title}", steps(tensors))
     keep(given.out, groups)
 
 

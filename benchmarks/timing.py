@@ -9,9 +9,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,8 +92,8 @@ def text_of(title: str, rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def keep(path: Path, groups: dict[str, list[Row]]) -> None:
-    """Writes the rows of all groups beside what they were measured on, as JSON."""
+def keep(path: Path, groups: Mapping[str, Sequence[Any]]) -> None:
+    """Writes the rows (dataclasses) of all groups beside what they were measured on, as JSON."""
     rows = {title: [asdict(row) for row in rows] for title, rows in groups.items()}
     text = json.dumps({"machine": machine(), "groups": rows}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)

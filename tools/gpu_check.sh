@@ -8,6 +8,4 @@ python3 setup.py -q build_ext --inplace 2>&1 | tee "$OUT/build.log" | tail -3
 python3 -m zo_kernels.info | tee "$OUT/info.txt"
 # A test that needs a package which this machine lacks (diffusers, say) skips with that reason.
 python3 -m pytest -q -p no:cacheprovider tests/ops tests/optim tests/quant 2>&1 | tee "$OUT/tests.log" | tail -15
-ZO_BENCH_ELEMENTS=100000000 python3 -m pytest -q -o python_files='bench_*.py' --benchmark-only \
-  --benchmark-json="$OUT/bench.json" benchmarks 2>&1 | tee "$OUT/bench.log" | tail -40
 python3 -m benchmarks.noise_engine --out "$OUT/noise_engine.json" 2>&1 | tee "$OUT/noise_engine.txt"
