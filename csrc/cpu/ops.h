@@ -29,6 +29,14 @@ void zo_adam_(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Numbers str
               Numbers draws, torch::stable::Tensor coeffs, torch::stable::Tensor hyper, std::string kind,
               MaybeTensor quanta, MaybeNumber round_draw);
 
+torch::stable::Tensor group_norm(torch::stable::Tensor x, int64_t groups, MaybeTensor weight, MaybeTensor bias,
+                                 double eps, MaybeTensor shift, std::string activation);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> group_norm_quantize(torch::stable::Tensor x, int64_t groups,
+                                                                             MaybeTensor weight, MaybeTensor bias,
+                                                                             double eps, MaybeTensor shift,
+                                                                             std::string activation);
+
 using MaybeDtype = std::optional<torch::headeronly::ScalarType>;
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> quantize_rows(torch::stable::Tensor x, bool per_sample,

@@ -72,40 +72,4 @@ inline int rows_of(const Product& p, int64_t tile) {
   return static_cast<int>(left < kTile ? left : kTile);
 }
 
-// Columns of panels [panel, panel_end), all rows of tiles [tile, tile_end), tiles counted over all sets.
-void multiply(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end);
-
-// Dynamic quantization of rows of `channels` values. The scale is a function of the largest magnitude alone.
-struct Quantize {
-  const void* x;
-  Dtype dtype;
-  int64_t channels, stride;  // of a row, elements
-  const float* in_scale;     // [channels] or null
-  int8_t* codes;             // [rows][padded], zeros behind `channels`
-  int64_t padded;
-  int32_t* sums;  // [rows][groups], or null
-  int64_t groups;
-};
-
-constexpr uint32_t kInfinity = 0x7F800000, kTiny = 0x0D800000;  // bits of Inf and of 2^-100
-
-// Bits of the largest |x in_scale| of rows [begin, end): as integers, so that Inf and NaN win.
-uint32_t largest(const Quantize& q, int64_t begin, int64_t end);
-// Codes and sums of rows [begin, end) whose largest magnitude has these bits.
-void quantize(const Quantize& q, int64_t begin, int64_t end, uint32_t largest);
-// Their scale.
-float scale_of(uint32_t largest);
-// Rows [begin, end) as fp32 [rows][channels], times in_scale.
-void widen(const Quantize& q, int64_t begin, int64_t end, float* out);
-
-#define ZO_PRODUCT_FUNCTIONS(isa)                                                                          \
-  void multiply_##isa(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end); \
-  uint32_t largest_##isa(const Quantize& q, int64_t begin, int64_t end);                                   \
-  void quantize_##isa(const Quantize& q, int64_t begin, int64_t end, uint32_t largest);                    \
-  void widen_##isa(const Quantize& q, int64_t begin, int64_t end, float* out);
-ZO_PRODUCT_FUNCTIONS(scalar)
-ZO_PRODUCT_FUNCTIONS(avx2)
-ZO_PRODUCT_FUNCTIONS(avx512)
-#undef ZO_PRODUCT_FUNCTIONS
-
 }  // namespace zo::cpu

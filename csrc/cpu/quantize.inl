@@ -5,8 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/half.h"
-#include "cpu/product.h"
+#include "cpu/quantize.h"
 
 namespace zo::cpu {
 namespace {
@@ -55,6 +54,19 @@ inline void each_vector(P x, const float* in_scale, int64_t begin, int64_t end, 
   each(v, i, static_cast<int>(end - i));
 }
 
+inline uint32_t largest_lane(U most) {
+  alignas(64) int32_t lanes[W];
+  V::store_words(lanes, most);
+  return static_cast<uint32_t>(*std::max_element(lanes, lanes + W));
+}
+
+inline void store_codes(int8_t* to, int count, U codes) {
+  if (count == W) return D::store_codes(to, codes);
+  alignas(64) int8_t last[W];
+  D::store_codes(last, codes);
+  std::memcpy(to, last, static_cast<size_t>(count));
+}
+
 template <class P>
 uint32_t largest_of(const Quantize& q, P x, int64_t begin, int64_t end) {
   U most = V::set(0u);
@@ -64,14 +76,12 @@ uint32_t largest_of(const Quantize& q, P x, int64_t begin, int64_t end) {
       most = V::if_greater(magnitude, most, magnitude, most);
     });
   }
-  alignas(64) int32_t lanes[W];
-  V::store_words(lanes, most);
-  return static_cast<uint32_t>(*std::max_element(lanes, lanes + W));
+  return largest_lane(most);
 }
 
 template <class P>
 void quantize_from(const Quantize& q, P x, int64_t begin, int64_t end, uint32_t largest) {
-  if (largest < kTiny || largest >= kInfinity) {
+  if (!has_scale(largest)) {
     std::memset(q.codes + begin * q.padded, 0, (end - begin) * q.padded);
     if (q.sums != nullptr) std::memset(q.sums + begin * q.groups, 0, (end - begin) * q.groups * sizeof(int32_t));
     return;
@@ -85,13 +95,7 @@ void quantize_from(const Quantize& q, P x, int64_t begin, int64_t end, uint32_t 
       const auto each = [&](F v, int64_t i, int count) {
         const U code = D::nearest(V::mul(v, inverse));
         sum = V::add(sum, code);
-        if (count == W) {
-          D::store_codes(codes + i, code);
-        } else {
-          alignas(64) int8_t last[W];
-          D::store_codes(last, code);
-          std::memcpy(codes + i, last, static_cast<size_t>(count));
-        }
+        store_codes(codes + i, count, code);
       };
       each_vector(advance(x, row * q.stride), q.in_scale, g * group, (g + 1) * group, each);
       if (q.sums != nullptr) q.sums[row * q.groups + g] = D::total(sum);

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // quantize_rows, qlinear and qconv2d behind their schemas: tensors become raw pointers and tables, the work is cut
 // into ranges for torch's threads. What would read or write out of bounds is checked here, the rest in Python.
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <atomic>
 #include <limits>
-#include <memory>
 
+#include "cpu/activations.h"
+#include "cpu/kernels.h"
 #include "cpu/ops.h"
 #include "cpu/plan.h"
 
@@ -57,66 +54,29 @@ Arena& arena() {
   return one;
 }
 
-Dtype dtype_of(const std::string& op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16, got another dtype; cast it, or call ",
-                  "torch.ops.zo_kernels.", op, ".reference");
-}
-
-Tensor floats(const Tensor& t) {
-  if (t.scalar_type() == ScalarType::Float) return torch::stable::contiguous(t);
-  Tensor out = torch::stable::new_empty(t, t.sizes(), ScalarType::Float);
-  return torch::stable::copy_(out, t);
-}
-
-// [B, C, H, W] as contiguous [B, H, W, C]: a view where the memory is channels_last.
-Tensor pixels_last(const Tensor& t) {
-  const Tensor view = torch::stable::transpose(torch::stable::transpose(t, 1, 2), 2, 3);
-  return torch::stable::contiguous(view);
-}
-Tensor channels_first(const Tensor& t) {
-  return torch::stable::transpose(torch::stable::transpose(t, 2, 3), 1, 2);
-}
-
-constexpr int64_t kGrain = 1 << 14;  // values that are worth a thread
-
 // Codes, scales and sums of `rows` rows, of which each `rows_per_scale` share a scale.
 void quantize_all(const Quantize& q, int64_t rows, int64_t rows_per_scale, float* scales) {
   const int64_t grain = std::max<int64_t>(1, kGrain / q.channels);
   if (rows_per_scale == 1) {
     parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const uint32_t most = largest(q, row, row + 1);
+        const uint32_t most = kernels().largest(q, row, row + 1);
         scales[row] = scale_of(most);
-        quantize(q, row, row + 1, most);
+        kernels().quantize(q, row, row + 1, most);
       }
     });
     return;
   }
-  const int64_t samples = rows / rows_per_scale;
-  const std::unique_ptr<std::atomic<uint32_t>[]> most(new std::atomic<uint32_t>[static_cast<size_t>(samples)]());
-  const auto each_sample = [&](const auto& run) {  // run(sample, begin, end)
-    parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t sample = begin / rows_per_scale, stop = std::min(end, (sample + 1) * rows_per_scale);
-        run(sample, begin, stop);
-        begin = stop;
-      }
-    });
-  };
-  each_sample([&](int64_t sample, int64_t begin, int64_t end) {
-    const uint32_t here = largest(q, begin, end);
-    uint32_t before = most[sample].load();
-    while (before < here && !most[sample].compare_exchange_weak(before, here)) {
-    }
+  SampleMaxima most(rows / rows_per_scale);
+  each_sample_range(rows, rows_per_scale, q.channels, [&](int64_t sample, int64_t begin, int64_t end) {
+    const int64_t first = sample * rows_per_scale;
+    most.raise(sample, kernels().largest(q, first + begin, first + end));
   });
-  each_sample([&](int64_t sample, int64_t begin, int64_t end) { quantize(q, begin, end, most[sample].load()); });
-  for (int64_t sample = 0; sample < samples; ++sample) scales[sample] = scale_of(most[sample].load());
+  each_sample_range(rows, rows_per_scale, q.channels, [&](int64_t sample, int64_t begin, int64_t end) {
+    const int64_t first = sample * rows_per_scale;
+    kernels().quantize(q, first + begin, first + end, most.of(sample));
+  });
+  for (int64_t sample = 0; sample < rows / rows_per_scale; ++sample) scales[sample] = scale_of(most.of(sample));
 }
 
 Quantize quantize_of(const std::string& op, const Tensor& x, int64_t channels, const MaybeTensor& in_scale) {
@@ -215,7 +175,7 @@ Pixels float_pixels(const Layer& l, const Tensor& x, int64_t pixels, int64_t cha
   if (q.dtype == Dtype::f32 && q.in_scale == nullptr) return out;
   float* copy = memory.take<float>(pixels * channels);
   parallel_for(0, pixels, std::max<int64_t>(1, kGrain / channels),
-               [&](int64_t begin, int64_t end) { widen(q, begin, end, copy); });
+               [&](int64_t begin, int64_t end) { kernels().widen(q, begin, end, copy); });
   out.data = copy;
   return out;
 }
@@ -288,11 +248,12 @@ int64_t panels_of(const Product& p) { return (p.n + kPanel - 1) / kPanel; }
 // Many rows are shared out by tiles, each thread reading all weights; few by panels, each weight being read once.
 void run(const Product& p) {
   const int64_t tiles = p.sets * p.tiles, panels = panels_of(p), threads = torch::stable::get_num_threads();
+  const Kernels& k = kernels_for(p);
   const bool large = 2 * p.n * p.rows * p.sets * p.taps * p.channels >= 1 << 18;  // worth a second thread
   if (tiles >= 32 * threads) {
-    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { multiply(p, 0, panels, begin, end); });
+    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { k.multiply(p, 0, panels, begin, end); });
   } else {
-    parallel_for(0, panels, large ? 1 : panels, [&](int64_t begin, int64_t end) { multiply(p, begin, end, 0, tiles); });
+    parallel_for(0, panels, large ? 1 : panels, [&](int64_t begin, int64_t end) { k.multiply(p, begin, end, 0, tiles); });
   }
 }
 
@@ -352,9 +313,7 @@ Tensor multiply_layer(const Layer& l, const Tensor& x, const MaybeTensor& residu
     p.residual = residual->const_data_ptr();
     p.residual_dtype = dtype_of(l.op, "residual", *residual);
   }
-  p.activation = l.activation == "silu"   ? Activation::silu
-                 : l.activation == "gelu" ? Activation::gelu
-                                          : Activation::none;
+  p.activation = activation_of(l.activation);
 
   // The perturbation.
   if (!l.draws.empty()) {

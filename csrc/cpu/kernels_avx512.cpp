@@ -41,16 +41,8 @@ struct D {
 }  // namespace
 }  // namespace zo::cpu
 
-#include "cpu/product.inl"
-#include "cpu/quantize.inl"
+#include "cpu/kernels.inl"
 
 namespace zo::cpu {
-void multiply_avx512(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end) {
-  multiply_here(p, panel, panel_end, tile, tile_end);
-}
-uint32_t largest_avx512(const Quantize& q, int64_t begin, int64_t end) { return largest_here(q, begin, end); }
-void quantize_avx512(const Quantize& q, int64_t begin, int64_t end, uint32_t largest) {
-  quantize_here(q, begin, end, largest);
-}
-void widen_avx512(const Quantize& q, int64_t begin, int64_t end, float* out) { widen_here(q, begin, end, out); }
+const Kernels kernels_avx512 = kAll;
 }  // namespace zo::cpu

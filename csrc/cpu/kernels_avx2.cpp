@@ -58,16 +58,8 @@ struct D {
 }  // namespace
 }  // namespace zo::cpu
 
-#include "cpu/product.inl"
-#include "cpu/quantize.inl"
+#include "cpu/kernels.inl"
 
 namespace zo::cpu {
-void multiply_avx2(const Product& p, int64_t panel, int64_t panel_end, int64_t tile, int64_t tile_end) {
-  multiply_here(p, panel, panel_end, tile, tile_end);
-}
-uint32_t largest_avx2(const Quantize& q, int64_t begin, int64_t end) { return largest_here(q, begin, end); }
-void quantize_avx2(const Quantize& q, int64_t begin, int64_t end, uint32_t largest) {
-  quantize_here(q, begin, end, largest);
-}
-void widen_avx2(const Quantize& q, int64_t begin, int64_t end, float* out) { widen_here(q, begin, end, out); }
+const Kernels kernels_avx2 = kAll;
 }  // namespace zo::cpu
