@@ -9,7 +9,7 @@ SEEDS ?= 0 1 2
 OUT ?= out/gpu-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check lint clean setup
+.PHONY: demo test bench peers gpu-check lint clean setup
 
 demo: setup
 	$(BIN)/python -m persona.demo --seed $(SEEDS)
@@ -19,6 +19,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.noise_engine --unet
+
+# Other stacks that `python -m benchmarks.unet` measures beside ours.
+peers: setup
+	$(PIP) nncf openvino optimum-quanto
 
 lint: setup
 	$(BIN)/ruff check .

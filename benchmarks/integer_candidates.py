@@ -6,6 +6,7 @@ called "alone", which are given the codes. Layers have a bias. Weights repeat in
 do not in a model: large products hide that, and small ones take turns over many weights instead.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -30,6 +31,9 @@ ONEDNN = "oneDNN int8, rounding apart"
 ONEDNN_ALONE = "oneDNN int8, product alone"
 FP32 = "torch fp32"
 BF16 = "torch bf16"
+
+# The fastest way that torch has to round a tensor; it will go one day.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 @dataclass

@@ -24,7 +24,7 @@ import torch
 from benchmarks import integer_candidates as kinds
 from benchmarks import peak
 from benchmarks.integer_candidates import Candidate
-from benchmarks.quiet import QUIET, Disturbance, enough, held, quietest
+from benchmarks.quiet import QUIET, Disturbance, enough, held, pause, quietest
 from benchmarks.sd15 import ConvShape, LinearShape, shapes
 from benchmarks.timing import machine
 from zo_kernels._files import atomic_write
@@ -102,7 +102,9 @@ def _telling(shape: ConvShape) -> bool:
     return shape.c == shape.n or shape.c in (1920, 2560) or (shape.size, shape.c) == (64, 640)
 
 
-def measure(case: Case, rounds: int, threads: int) -> tuple[list[OpRow], float]:
+def measure(
+    case: Case, rounds: int, threads: int, lock: Path | None = None
+) -> tuple[list[OpRow], float]:
     """The rows of one case, and the most that others disturbed its rounds. A reference, which is no
     kernel, is timed once."""
     made = case.make()
@@ -112,16 +114,19 @@ def measure(case: Case, rounds: int, threads: int) -> tuple[list[OpRow], float]:
     repeats = {name: 1 if name in slow else _repeats(call) for name, call in calls.items()}
     attempts: list[tuple[float, dict[str, float]]] = []
     while not enough([share for share, _ in attempts], rounds):
-        disturbance, turn = Disturbance(), {}
-        for name, call in calls.items():
-            if name in slow and attempts:
-                continue
-            time.sleep(SETTLE)
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            turn[name] = (time.perf_counter() - start) * 1e3 / repeats[name]
-        attempts.append((disturbance.share(), turn))
+        turn = {}
+        with held(lock, exclusive=True):
+            disturbance = Disturbance()
+            for name, call in calls.items():
+                if name in slow and attempts:
+                    continue
+                time.sleep(SETTLE)
+                start = time.perf_counter()
+                for _ in range(repeats[name]):
+                    call()
+                turn[name] = (time.perf_counter() - start) * 1e3 / repeats[name]
+            attempts.append((disturbance.share(), turn))
+        pause(attempts[-1][0])
     kept = quietest(rounds, attempts)
     once = attempts[0][1]
     times = {n: [once[n]] if n in slow else [turn[n] for turn in kept] for n in calls}
@@ -168,6 +173,10 @@ def text_of(title: str, rows: Sequence[OpRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
+HOW_TO_READ = """w8a8: share of the int8 peak, rounding of activations included; alone: given the
+codes. Then ratios of times: of another way over ours (above 1: ours is faster), of int4 over int8,
+and with seeded noise on the codes over without.
+"""
 COLUMNS = (  # heading; of peak, or time of the first over that of the second
     ("w8a8", "w8a8", None),
     ("alone", kinds.ALONE, None),
@@ -234,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases(given.quick, given.all):
         if given.only not in case.title:
             continue
-        with held(given.lock, exclusive=True), torch.no_grad():
-            rows, disturbed = measure(case, rounds, threads)
+        with torch.no_grad():
+            rows, disturbed = measure(case, rounds, threads, given.lock)
         print(text_of(case.title, rows), flush=True)
         kept = [asdict(row) for row in rows]
         about = {"title": case.title, "kind": case.kind, "disturbed": disturbed}

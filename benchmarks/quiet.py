@@ -3,6 +3,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 Round = TypeVar("Round")
 QUIET = 0.03  # share of the cores that others may take in a round; else it is repeated
-PATIENCE = 3  # times the rounds asked for, at most
+PATIENCE = 5  # times the rounds asked for, at most
 
 
 @contextmanager
@@ -54,6 +55,12 @@ def _ticks() -> tuple[float, float, float]:
 def enough(shares: Sequence[float], rounds: int) -> bool:
     """Whether `rounds` rounds with these disturbances were quiet, or patience is at its end."""
     return sum(share <= QUIET for share in shares) >= rounds or len(shares) >= PATIENCE * rounds
+
+
+def pause(share: float) -> None:
+    """Waits a moment after a disturbed round, so that a short burst of others passes."""
+    if share > QUIET:
+        time.sleep(0.5)
 
 
 def quietest(rounds: int, attempts: Sequence[tuple[float, Round]]) -> list[Round]:

@@ -5,7 +5,8 @@ Time and memory of a forward pass depend on shapes and formats, not on what was 
 are bounded and keep the variance of their inputs, so that outputs of two stacks can be compared.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -137,23 +138,27 @@ class ConvShape:
 def shapes(name: str = "sd15") -> tuple[tuple[LinearShape, ...], tuple[ConvShape, ...]]:
     """Every distinct product and convolution of one forward at batch 1, found by running the model
     on the meta device; most costly first."""
-    counts: dict[tuple[str, tuple[int, ...]], int] = {}
+    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
-    def count(module: nn.Module, args: tuple[Tensor, ...], _: object) -> None:
-        x = args[0]
-        if isinstance(module, nn.Linear):
+    def stand_in(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Counts the layer and answers with a tensor of the right shape."""
+
+        def linear(x: Tensor) -> Tensor:
             rows = x.shape[:-1].numel()
-            key = "linear", (rows, module.out_features, module.in_features)
-        else:
-            assert isinstance(module, nn.Conv2d)
+            counts["linear", (rows, module.out_features, module.in_features)] += 1
+            return x.new_empty((*x.shape[:-1], module.out_features))
+
+        def conv(x: Tensor) -> Tensor:
             kernel, stride = module.kernel_size[0], module.stride[0]
-            sizes = (x.shape[-1], module.in_channels, module.out_channels, kernel, stride)
-            key = "conv", sizes
-        counts[key] = counts.get(key, 0) + 1
+            c, n, size = module.in_channels, module.out_channels, x.shape[-1]
+            counts["conv", (size, c, n, kernel, stride)] += 1
+            return x.new_empty((len(x), n, size // stride, size // stride))
+
+        return linear if isinstance(module, nn.Linear) else conv
 
     model = meta_unet(name)
     for module in _leaves(model):
-        module.register_forward_hook(count)
+        module.forward = stand_in(module)
     with torch.no_grad():
         model(*(x.to("meta") for x in inputs(name, 1)))
     linears = [LinearShape(*key, n) for (kind, key), n in counts.items() if kind == "linear"]

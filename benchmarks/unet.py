@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import module_profile, sd15
-from benchmarks.quiet import PATIENCE, QUIET, enough, held, quietest
+from benchmarks.quiet import PATIENCE, QUIET, enough, held, pause, quietest
 from benchmarks.timing import machine
 from benchmarks.unet_stacks import PEERS, Job, Stack, stacks
 from zo_kernels._files import atomic_write
@@ -124,7 +124,7 @@ def measure(
     try:
         for stack in chosen:
             job = Job(stack.name, given.model, batch, given.cache, given.seed)
-            for task in ("prepare", "run"):
+            for task in ("prepare", "run") if stack.prepare else ("run",):
                 with held(given.lock, exclusive=False):
                     worker = Worker(task, job, given.threads, logs / f"{stack.name}-{task}.log")
                 if "failed" in worker.first:
@@ -150,6 +150,7 @@ def measure(
                     answer = ask(name, "run")
                 if name in workers:
                     runs[name].append((answer["disturbed"], answer["seconds"]))
+                    pause(answer["disturbed"])
         for name in list(workers):
             peaks[name] = ask(name, "peak").get("peak", 0)
         if given.profile:

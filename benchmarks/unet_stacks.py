@@ -50,14 +50,14 @@ class Stack:
         title: what a table calls it.
         peer: one of `PEERS`, or "ours".
         load: job -> (forward, model or None); the model is there where it can be profiled.
-        prepare: converts into the folder of the job unless that was done before.
+        prepare: converts into the folder of the job unless that was done before; None: needs none.
     """
 
     name: str
     title: str
     peer: str
     load: Callable[[Job], tuple[Forward, Any]]
-    prepare: Callable[[Job], None] = lambda job: None
+    prepare: Callable[[Job], None] | None = None
 
 
 def stacks(peers: Sequence[str], specs: Sequence[str]) -> list[Stack]:

@@ -91,11 +91,15 @@ def main() -> None:
     stack = next(s for s in stacks(PEERS, spec) if s.name == job.stack)
     try:
         if task == "prepare":
-            stack.prepare(job)
+            if stack.prepare is not None:
+                stack.prepare(job)
             say({"done": True})
         else:
             for answer in answers(stack, job, (json.loads(line) for line in sys.stdin)):
                 say(answer)
+    except ImportError as error:
+        say({"failed": f"{error}; `make peers` installs what the other stacks need"})
+        raise
     except Exception as error:
         say({"failed": f"{type(error).__name__}: {error}"})
         raise
