@@ -124,6 +124,24 @@ def test_range_search_finds_the_best_of_the_80_ranges(bits):
         assert chosen[0] <= least * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", ["uniform", "normal", "heavy tails", "one side"])
+def test_ranges_that_are_left_out_could_not_win(monkeypatch, spec, shape):
+    weight = normal(20, 192)
+    weight = {
+        "uniform": torch.rand(20, 192, generator=torch.Generator().manual_seed(1)) - 0.4,
+        "normal": weight,
+        "heavy tails": weight**5,
+        "one side": weight.abs() + 3,
+    }[shape]
+    quick = mse(weight, spec)
+    calls = []
+    monkeypatch.setattr(rounding_module, "_hopeless", lambda *_: calls.append(1))
+    for one, other in zip(mse(weight, spec), quick, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert calls
+
+
 @pytest.mark.parametrize("rule", ROUNDINGS.values(), ids=ROUNDINGS)
 @pytest.mark.parametrize("spec", ["w8", "w4", "w8-asym", "w4-asym"])
 @pytest.mark.parametrize("value", [0.0, 1e-44, 1e-38])

@@ -57,7 +57,7 @@ def absmax(weight: Tensor, spec: Spec | str = W8, headroom: int = 0) -> Rounded:
     Raises:
         ValueError: the weight cannot be stored so, or headroom does not fit the spec.
     """
-    return _round(weight, spec, headroom, lambda rows, grid: None)
+    return _round(weight, spec, headroom, search=False)
 
 
 def mse(weight: Tensor, spec: Spec | str = W8, headroom: int = 0) -> Rounded:
@@ -66,7 +66,7 @@ def mse(weight: Tensor, spec: Spec | str = W8, headroom: int = 0) -> Rounded:
 
     Weights beyond the range are clamped. Arguments and errors: see `absmax`.
     """
-    return _round(weight, spec, headroom, _best_share)
+    return _round(weight, spec, headroom, search=True)
 
 
 class _Grid(NamedTuple):
@@ -76,15 +76,18 @@ class _Grid(NamedTuple):
     high: int
     asymmetric: bool
 
-    def fit(self, rows: Tensor, share: Tensor | float | None) -> tuple[Tensor, Tensor | None]:
-        """Scale [R, 1] and zero point (fp32) of rows [R, g] whose range is shrunk to `share`."""
-        if not self.asymmetric:
-            high = rows.abs().amax(1, keepdim=True)
-            return self._scale(high if share is None else high * share, self.high), None
+    def bounds(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of each of rows [R, g], 0 included: two tensors [R, 1]."""
         low, high = (bound[:, None] for bound in rows.aminmax(dim=1))
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        if share is not None:
-            low, high = low * share, high * share
+        if self.asymmetric:
+            return low.clamp_(max=0), high.clamp_(min=0)
+        high = torch.maximum(-low, high)
+        return -high, high
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale [R, 1] and zero point (fp32) of codes that span a range."""
+        if not self.asymmetric:
+            return self._scale(high, self.high), None
         scale = self._scale(high - low, self.high - self.low)
         return scale, (self.low - low / scale).round_().clamp_(self.low, self.high)
 
@@ -100,28 +103,44 @@ class _Grid(NamedTuple):
         return codes.clamp_(self.low, self.high)
 
 
-def _best_share(rows: Tensor, grid: _Grid) -> Tensor:
-    best = torch.ones_like(rows[:, :1])
-    least = torch.full_like(best, torch.inf)
+def _best_range(rows: Tensor, grid: _Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The range [low, high] of each row, shrunk to the best share of it."""
+    best = torch.ones_like(low)
+    least = torch.full_like(low, torch.inf)
     for step in range(STEPS):
         share = 1 - step / 100
-        scale, zero = grid.fit(rows, share)
+        if step and step % 4 == 0 and _hopeless(rows, grid, low * share, high * share, least):
+            break
+        scale, zero = grid.fit(low * share, high * share)
         errors = grid.codes(rows, scale, zero)
         if zero is not None:
             errors -= zero
-        errors.mul_(scale).sub_(rows)
-        error = torch.linalg.vector_norm(errors, dim=1, keepdim=True)
+        error = _norm(errors.mul_(scale).sub_(rows))
         better = error < least
         least = torch.where(better, error, least)
         best.masked_fill_(better, share)
-    return best
+    return low * best, high * best
+
+
+def _hopeless(rows: Tensor, grid: _Grid, low: Tensor, high: Tensor, least: Tensor) -> bool:
+    """Whether clamping alone costs every row more than `least`, in this range and all smaller ones.
+
+    A zero point that is rounded moves the range by half a step at most.
+    """
+    slack = (high - low) / (2 * (grid.high - grid.low)) if grid.asymmetric else 0
+    clamped = _norm(rows.clamp(low - slack, high + slack).sub_(rows))
+    return bool((clamped > least * 1.0001).all())
+
+
+def _norm(errors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(errors, dim=1, keepdim=True)
 
 
 def _round(
     weight: Tensor,
     spec: Spec | str,
     headroom: int,
-    share_of: Callable[[Tensor, _Grid], Tensor | None],
+    search: bool,
 ) -> Rounded:
     spec = Spec.parse(spec)
     grid = _grid(spec, headroom)
@@ -137,7 +156,10 @@ def _round(
     for part in chunks(weight, _CHUNK):
         rows = to_rows(weight[part]).float()
         rows = rows.reshape(-1, spec.group or rows.shape[1])  # [R, g], a row for each scale
-        scales, zeros = grid.fit(rows, share_of(rows, grid))
+        bounds = grid.bounds(rows)
+        if search:
+            bounds = _best_range(rows, grid, *bounds)
+        scales, zeros = grid.fit(*bounds)
         codes[part] = grid.codes(rows, scales, zeros).view_as(codes[part])
         scale[part] = scales.view_as(scale[part])
         if zero_point is not None and zeros is not None:
