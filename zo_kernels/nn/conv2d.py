@@ -103,7 +103,16 @@ class QuantConv2d(QuantModule):
             return "padding 'same' is not symmetric for its kernel size"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        x_scale: Tensor | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """What stands behind `x` is for callers that know this module: int8 activations with their
+        scale [B], what is added to the output, and its dtype; see `zo_kernels.ops.qconv2d`."""
         return qconv2d(
             x,
             self.qweight,
@@ -117,6 +126,9 @@ class QuantConv2d(QuantModule):
             groups=self.groups,
             bits=self.spec.bits,
             act_bits=self.spec.act_bits,
+            x_scale=x_scale,
+            residual=residual,
+            out_dtype=out_dtype,
             **self.perturbation,
         )
 

@@ -51,7 +51,16 @@ class QuantLinear(QuantModule):
         has_bias = source.bias is not None
         return cls(source.in_features, source.out_features, has_bias, device, dtype, spec)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        x_scale: Tensor | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """What stands behind `x` is for callers that know this module: int8 activations with their
+        scale [...], what is added to the output, and its dtype; see `zo_kernels.ops.qlinear`."""
         return qlinear(
             x,
             self.qweight,
@@ -60,6 +69,9 @@ class QuantLinear(QuantModule):
             self.bias,
             bits=self.spec.bits,
             act_bits=self.spec.act_bits,
+            x_scale=x_scale,
+            residual=residual,
+            out_dtype=out_dtype,
             **self.perturbation,
         )
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fuse_` changes how a model is computed, not what."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from persona.fused import FusedAttnProcessor, FusedResnetBlock2D, fuse_
+from zo_kernels.nn import perturbed
+from zo_kernels.quant import QuantConfig, quantize_
+
+
+def _unet(spec: str) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    )
+    quantize_(unet, QuantConfig(spec=spec, skip=("conv_in", "conv_out")))
+    return unet.eval().requires_grad_(False)
+
+
+def _run(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, text = (torch.randn(s, generator=generator) for s in ((4, 4, 8, 8), (4, 7, 32)))
+    with torch.inference_mode():
+        return unet(x, torch.tensor([1, 300, 600, 999]), text).sample
+
+
+@pytest.mark.parametrize("spec", ["w8", "w8a8", "w4a8-g32"])
+def test_same_prediction(spec):
+    unet = _unet(spec)
+    before, names = _run(unet), list(unet.state_dict())
+    assert fuse_(unet) > 5
+    assert fuse_(unet) == 0
+    after = _run(unet)
+    # Rounding of activations to int8 amplifies last digits: a code may flip.
+    tolerance = 1e-5 if spec == "w8" else 1e-2
+    assert (after - before).norm() <= tolerance * before.norm()
+    assert list(unet.state_dict()) == names
+    assert any(isinstance(m, FusedResnetBlock2D) for m in unet.modules())
+    assert any(isinstance(p, FusedAttnProcessor) for p in unet.attn_processors.values())
+
+
+def test_perturbations_reach_the_fused_layers():
+    unet = _unet("w8a8")
+    fuse_(unet)
+    probe = {"seed": 3, "draws": [1, 2], "coeffs": torch.tensor([0.1, -0.1])}
+    base = _run(unet)
+    with perturbed(unet, what="scale_relative", **probe):
+        moved = _run(unet)
+    assert not torch.allclose(moved, base)
+    assert torch.equal(_run(unet), base)
+
+
+def test_gradients_take_the_way_of_diffusers():
+    unet = _unet("w8a8")
+    fuse_(unet)
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    unet(x, 5, torch.randn(1, 7, 32)).sample.sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_float_models_and_other_blocks_stay():
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), layers_per_block=1, cross_attention_dim=32,
+    )  # fmt: skip
+    assert fuse_(unet) == 0
+
+
+def test_a_vae_is_fused_too():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    quantize_(vae, QuantConfig(spec="w8"))
+    vae.eval().requires_grad_(False)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        before = vae(x).sample
+        assert fuse_(vae) > 0
+        after = vae(x).sample
+    assert (after - before).norm() <= 1e-5 * before.norm()
