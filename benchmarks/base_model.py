@@ -250,10 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"base_model: pictures and steps must be at least 1, got {given.pictures} and "
                 f"{given.steps}; the defaults are 200 and 20"
             )
-        make_folder(given.out.parent)
+        make_folder(given.out.parent, "out")
         figures, sheet = measure(given)
-        write_json(given.out, figures)
-        write_image(given.out.with_suffix(".png"), sheet)
+        write_json(given.out, figures, "out")
+        write_image(given.out.with_suffix(".png"), sheet, "out")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -141,7 +141,8 @@ def save_scorers(
         "styles": list(classifier.styles),
     }
     tensors = bridge.ridge.tensors("bridge") | classifier.ridge.tensors("style")
-    write_tensors(path, tensors, {name: json.dumps(value) for name, value in facts.items()})
+    metadata = {name: json.dumps(value) for name, value in facts.items()}
+    write_tensors(path, tensors, metadata, "out")
 
 
 def load_scorers(path: Path) -> tuple[Bridge, StyleClassifier, dict[str, Any]]:

@@ -92,9 +92,14 @@ class StableDiffusion:
             mean, std = posterior.mean.float() * scale, posterior.std.float() * scale
         return mean.clone(), std.clone()
 
-    def release_vae(self) -> None:
-        """Drop the VAE: training needs the cached latents only."""
-        self.pipe.vae = None
+    def release_vae(self) -> Any:
+        """Let the VAE go: training needs the cached latents only.
+
+        Returns:
+            The VAE, for a caller that draws pictures later and sets ``pipe.vae`` again.
+        """
+        vae, self.pipe.vae = self.pipe.vae, None
+        return vae
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids, int64 [B, T], padded as the pipeline pads."""

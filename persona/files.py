@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing results so that a reader never meets half a file."""
+"""Writing results so that a reader never meets half a file.
+
+`option` is what errors call the place: the option of the command that chose it.
+"""
 
 import io
 import json
@@ -15,8 +18,10 @@ from torch import Tensor
 from persona.errors import UserError
 from zo_kernels._files import atomic_write
 
+OUTPUT = "output_dir"
 
-def make_folder(folder: Path) -> None:
+
+def make_folder(folder: Path, option: str = OUTPUT) -> None:
     """Create ``folder`` and check that it takes files.
 
     Raises:
@@ -28,12 +33,12 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"output_dir: must be a folder that can be written, got {folder} ({error.strerror}); "
+            f"{option}: must be a folder that can be written, got {folder} ({error.strerror}); "
             "choose another or change its rights"
         ) from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, option: str = OUTPUT) -> None:
     """Write a file whole, with the rights that the umask gives.
 
     Raises:
@@ -44,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _refused(path, error, option) from error
 
 
 def append_text(path: Path, text: str) -> None:
@@ -60,31 +65,33 @@ def append_text(path: Path, text: str) -> None:
     except OSError as error:
         if path.exists():
             os.truncate(path, end)
-        raise _refused(path, error) from error
+        raise _refused(path, error, OUTPUT) from error
 
 
-def _refused(path: Path, error: OSError) -> UserError:
+def _refused(path: Path, error: OSError, option: str) -> UserError:
     return UserError(
-        f"output_dir: {path} must be writable to the end, got {error.strerror}; free some space "
-        "or choose another --output_dir; what was there before is untouched"
+        f"{option}: {path} must be writable to the end, got {error.strerror}; free some space "
+        f"or choose another --{option}; what was there before is untouched"
     )
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], option: str = OUTPUT
+) -> None:
     """A safetensors file, whole or not at all."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=metadata))
+    write_bytes(path, save(contiguous, metadata=metadata), option)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+def write_json(path: Path, value: Any, option: str = OUTPUT) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n", option)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, option: str = OUTPUT) -> None:
+    write_bytes(path, text.encode(), option)
 
 
-def write_image(path: Path, image: Image.Image) -> None:
+def write_image(path: Path, image: Image.Image, option: str = OUTPUT) -> None:
     content = io.BytesIO()
     image.save(content, format="PNG")
-    write_bytes(path, content.getvalue())
+    write_bytes(path, content.getvalue(), option)

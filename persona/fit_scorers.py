@@ -113,7 +113,7 @@ def fit(
             "the default is the most"
         )
     images, records = read_captioned(data)
-    make_folder(out.parent)
+    make_folder(out.parent, "out")
     chosen = choose(records, pictures)
     features = _features(images, chosen, image_encoder, cache)
     captions = [records[i]["caption"] for i in chosen]
@@ -172,12 +172,12 @@ def _features(
         part = missing[start : start + SAVE_EVERY]
         known |= dict(zip(part, encoder.encode(images[part]), strict=True))
         if cache is not None:
-            make_folder(cache.parent)
+            make_folder(cache.parent, "cache")
             stacked = {
                 "index": torch.tensor(list(known)),
                 "features": torch.stack(list(known.values())),
             }
-            write_tensors(cache, stacked, {"image_encoder": encoder.name})
+            write_tensors(cache, stacked, {"image_encoder": encoder.name}, "cache")
     return torch.stack([known[i] for i in chosen])
 
 

@@ -99,7 +99,7 @@ def textual_inversion(
     if state:
         method.load_state_dict(state[0])
 
-    vae, family.pipe.vae = family.pipe.vae, None  # latents are cached
+    vae = family.release_vae()  # latents are cached
     if not shown:
         del vae
     write_json(config.output / "config.json", dataclasses.asdict(config) | _versions())

@@ -232,6 +232,16 @@ def test_fit_refuses_a_cache_of_another_encoder(data, tmp_path):
     assert not (tmp_path / "b.safetensors").exists()
 
 
+@pytest.mark.parametrize("option", ["out", "cache"])
+def test_fit_names_the_option_whose_place_takes_no_files(data, tmp_path, option):
+    folder, _, _ = data
+    (tmp_path / "file").touch()
+    places = {name: tmp_path / name / "x.safetensors" for name in ("out", "cache")}
+    places[option] = tmp_path / "file" / "x.safetensors"
+    with pytest.raises(UserError, match=f"^{option}: must be a folder that can be written"):
+        fit(folder, places["out"], Pixels(), Words(), pictures=60, cache=places["cache"])
+
+
 # Cases of the benchmark
 
 
