@@ -38,12 +38,13 @@ def fuse_(model: nn.Module) -> int:
             module.__class__ = FusedResnetBlock2D
             count += 1
         elif type(module) is Attention and _is_plain(module):
-            module.set_processor(FusedAttnProcessor())
+            processor: Any = FusedAttnProcessor()  # diffusers lists the processors it knows
+            module.set_processor(processor)
             count += 1
     return count
 
 
-class FusedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]
+class FusedResnetBlock2D(ResnetBlock2D):
     """A `ResnetBlock2D` of integer convolutions, without the passes between them."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,7 +75,7 @@ def _can_fuse(block: Any) -> bool:
 
 def _norm_conv(
     norm: nn.GroupNorm,
-    conv: QuantConv2d,
+    conv: Any,  # QuantConv2d; ResnetBlock2D declares a Conv2d
     x: Tensor,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
@@ -92,7 +93,7 @@ def _norm_conv(
     return conv(codes, x_scale=scale, residual=residual, out_dtype=x.dtype)
 
 
-class FusedAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
+class FusedAttnProcessor(AttnProcessor2_0):
     """Attention that quantizes what q, k and v share once, and divides by nothing."""
 
     def __call__(

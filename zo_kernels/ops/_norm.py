@@ -67,8 +67,8 @@ def normalized(
     x = x.to(wide)
     if shift is not None:
         x = x + shift.to(wide)[:, :, None, None]
-    factors = (None if t is None else t.to(wide) for t in (weight, bias))
-    y = torch.group_norm(x.contiguous(), groups, *factors, eps)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    y = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
     if activation == "silu":
         return F.silu(y)
     return F.gelu(y) if activation == "gelu" else y
