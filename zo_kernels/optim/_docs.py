@@ -33,14 +33,34 @@ _COMMON = """n (int, default 1): directions a step.
     a step adds is kept in the mean, however small. Losses that are NaN or infinite reject the step.
     """
 
-PROBE_ROWS = """| probe `virtual`          | the largest tensor, while a function reads it     |
+_DESCENT = """\
+eps (float, default 1e-3): radius of the probes, in theta; above one ulp of the weights.
+        momentum (float, default 0.0): share of b that a step keeps; no unit, in [0, 1).
+        weight_decay (float, default 0.0): decoupled decay rate, in 1 / lr: a step takes away the
+            share lr weight_decay of each weight."""
+
+_MOMENTUM_STATE = """\
+| state                    | bytes per trained parameter                       |
+    |--------------------------|---------------------------------------------------|
+    | momentum = 0             | 0                                                 |
+    | momentum > 0             | 4 (`momentum_buffer`, fp32)                       |"""
+
+_PROBES = """| probe `virtual`          | the largest tensor, while a function reads it     |
     | probe `snapshot`         | size of its dtype, while a step runs              |
     | probe `in_place`         | 0                                                 |"""
 
 
+_TEXTS = {
+    "{common}": _COMMON.rstrip(),
+    "{probes}": _PROBES,
+    "{descent}": _DESCENT,
+    "{momentum_state}": _MOMENTUM_STATE,
+}
+
+
 def documented(cls: type[T]) -> type[T]:
-    """Fills {common} and {probes} in the docstring of an optimizer."""
+    """Fills the names in braces in the docstring of an optimizer."""
     if cls.__doc__:  # python -OO has none
-        doc = cls.__doc__.replace("{common}", _COMMON.rstrip())
-        cls.__doc__ = doc.replace("{probes}", PROBE_ROWS)
+        for name, text in _TEXTS.items():
+            cls.__doc__ = cls.__doc__.replace(name, text)
     return cls

@@ -33,6 +33,7 @@ def sgd_update_(
     lr: float,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    sign: bool = False,
     kind: str = "normal",
     quanta: Sequence[float] | None = None,
     round_draw: int | None = None,
@@ -42,9 +43,10 @@ def sgd_update_(
     Args:
         params: tensors of any shape, fp32, bf16 or fp16; streams: one for each.
         buffers: b of each parameter, fp32 and of its shape; None for no momentum.
+        sign: step by the sign of b, as `ZOSignSGD` does.
         quanta, round_draw: as in `zo_kernels.ops.add_noise_`.
     """
-    if buffers is None:
+    if buffers is None and not sign:
         decay, scales = 1.0 - lr * weight_decay, [-lr * c for c in coeffs]
         add_noise_(
             params,
@@ -68,41 +70,17 @@ def sgd_update_(
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
+        sign=sign,
         kind=kind,
         quanta=quanta,
         round_draw=round_draw,
     )
 
 
-@documented
-class ZOSGD(ZOOptimizer):
-    """Stochastic gradient descent by forward passes only; see `zo_kernels.optim.zosgd`.
+class Descent(ZOOptimizer):
+    """What ZOSGD and ZOSignSGD share: everything but what a step is."""
 
-        optimizer = ZOSGD(model.named_parameters(), lr=1e-6, eps=1e-3)
-        loss = optimizer.step(lambda: model(inputs, labels=labels).loss)
-
-    A parameter is trained if it requires grad at that step. Groups may set lr, eps, momentum,
-    weight_decay and maximize. The global random state is neither read nor written.
-
-    | state                    | bytes per trained parameter                       |
-    |--------------------------|---------------------------------------------------|
-    | momentum = 0             | 0                                                 |
-    | momentum > 0             | 4 (`momentum_buffer`, fp32)                       |
-    {probes}
-
-    Args:
-        params: parameters, named parameters (their noise is then independent of their order), or
-            groups of either.
-        lr (float, default 1e-6): step size, in theta^2 / loss: a step is lr times a gradient.
-        eps (float, default 1e-3): radius of the probes, in theta; above one ulp of the weights.
-        momentum (float, default 0.0): share of b that a step keeps; no unit, in [0, 1).
-        weight_decay (float, default 0.0): decoupled decay rate, in 1 / lr: a step takes away the
-            share lr weight_decay of each weight.
-        {common}
-
-    Raises:
-        ValueError: an argument out of its bound.
-    """
+    sign: bool
 
     bounds = ZOOptimizer.bounds | {
         "momentum": (lambda v: 0 <= v < 1, "in [0, 1)", "0.9 is common"),
@@ -119,11 +97,6 @@ class ZOSGD(ZOOptimizer):
     ) -> None:
         defaults = {"lr": lr, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, **shared)
-
-    def _as_noise(self, group: dict[str, Any], coeffs: Sequence[float]) -> list[float] | None:
-        lr = float(group["lr"])
-        plain = not group["momentum"] and not lr * group["weight_decay"]
-        return [-lr * c for c in coeffs] if plain else None
 
     def _update(
         self, span: Span, draws: Sequence[int], coeffs: Sequence[float], round_draw: int
@@ -142,7 +115,40 @@ class ZOSGD(ZOOptimizer):
             lr=float(group["lr"]),
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
+            sign=self.sign,
             kind=self.kind,
             quanta=span.quanta,
             round_draw=round_draw,
         )
+
+
+@documented
+class ZOSGD(Descent):
+    """Stochastic gradient descent by forward passes only; see `zo_kernels.optim.zosgd`.
+
+        optimizer = ZOSGD(model.named_parameters(), lr=1e-6, eps=1e-3)
+        loss = optimizer.step(lambda: model(inputs, labels=labels).loss)
+
+    A parameter is trained if it requires grad at that step. Groups may set lr, eps, momentum,
+    weight_decay and maximize. The global random state is neither read nor written.
+
+    {momentum_state}
+    {probes}
+
+    Args:
+        params: parameters, named parameters (their noise is then independent of their order), or
+            groups of either.
+        lr (float, default 1e-6): step size, in theta^2 / loss: a step is lr times a gradient.
+        {descent}
+        {common}
+
+    Raises:
+        ValueError: an argument out of its bound.
+    """
+
+    sign = False
+
+    def _as_noise(self, group: dict[str, Any], coeffs: Sequence[float]) -> list[float] | None:
+        lr = float(group["lr"])
+        plain = not group["momentum"] and not lr * group["weight_decay"]
+        return [-lr * c for c in coeffs] if plain else None
