@@ -58,6 +58,11 @@ class TextualInversionConfig:
     min_timestep: int = option(500, "T_L of the partial uniform window (PUTS)")
     max_timestep: int = option(900, "T_U, exclusive")
     base_precision: str = option("int8", "how weights are held", choices=("int8", "as-loaded"))
+    activation_precision: str = option(
+        "float",
+        "what an int8 base multiplies: int8 is faster, and rounds away probes below zo_eps 1e-2",
+        choices=("float", "int8"),
+    )
     evaluations_per_forward: int = option(0, "perturbed copies a forward; 0: all, or what fits")
     seed: int = option(0, "of everything random")
     checkpointing_steps: int = option(500, "steps between two resumable checkpoints")

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from persona.errors import UserError
+from persona.fused import fuse_
 from persona.quiet import errors_only, no_bars
 from zo_kernels.quant import QuantConfig, QuantReport, quantize_
 
@@ -76,12 +77,14 @@ class StableDiffusion:
         return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
 
     def quantize(self, config: QuantConfig) -> dict[str, QuantReport]:
-        """Hold the weights of UNet, text encoder and VAE as integers."""
-        return {
-            part: quantize_(getattr(self.pipe, part), config)
-            for part in ("unet", "text_encoder", "vae")
-            if getattr(self.pipe, part) is not None
-        }
+        """Hold the weights of UNet, text encoder and VAE as integers; merge what lies between."""
+        reports = {}
+        for part in ("unet", "text_encoder", "vae"):
+            model = getattr(self.pipe, part)
+            if model is not None:
+                reports[part] = quantize_(model, config)
+                fuse_(model)
+        return reports
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled mean and standard deviation, [B, C, h, w] each; pixels are [B, 3, H, W]."""

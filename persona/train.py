@@ -86,7 +86,7 @@ def textual_inversion(
     family = StableDiffusion(load_pipeline(config.pretrained_model_name_or_path))
     _check_model(config, family)
     if config.base_precision == "int8":
-        family.quantize(QuantConfig())
+        family.quantize(QuantConfig(spec="w8a8" if config.activation_precision == "int8" else "w8"))
     examples = load_folder(
         Path(config.train_data_dir),
         resolution=config.resolution or family.resolution,
