@@ -19,7 +19,7 @@ What came out (`results/rounding_noise.json`):
   |---|---|---|---|
   | token, elements of rms 0.023 | 3e-3 | 1e-2 | 5 %, 19 % |
   | scales, relative | 1e-2 | 3e-2 | 2 %, 31 % |
-  | weights and codes, in codes | 0.3 | 1 | 1 %, 26 % |
+  | weights, in codes | 0.3 | 1 | 1 %, 26 % |
 
 - Token: the best eps under w8a8 is 1e-2 (all errors 8 % two-sided, 18 % one-sided), 0.45 of an
   element's rms. Beyond it bias rules, not rounding. At the paper's 1e-3, one-sided, noise is as
@@ -27,7 +27,9 @@ What came out (`results/rounding_noise.json`):
 - The demo's recipe (token, one-sided, eps 2e-2, n 15) may run on w8a8: signal to noise 22,
   correlation with w8 0.999, all signs the same, error against backpropagation 32 % instead of
   w8's 33 %.
-- w8 itself is no limit: fp32 weights give the same token slopes to 1 % at every eps.
+- Codes by whole steps are as good as weights by the same steps (16 directions).
+- w8 itself is no limit: fp32 weights give the same token slopes to about 1 % at every eps (8
+  directions; for scales and weights the control is backpropagation alone).
 
 What it decides:
 
@@ -68,7 +70,7 @@ EPS = {
 UNITS = {
     "token": "units of the embedding, normal directions",
     "scale_relative": "relative to each output channel's scale, random signs",
-    "weight": "codes (1/127 of a channel's largest weight), random signs",
+    "weight": "codes (1/124 of a channel's largest weight), random signs",
     "codes": "whole codes, random signs",
 }
 SNR = 3.0  # rounding then adds 1 / SNR^2 = 11 % to the variance of an estimate
