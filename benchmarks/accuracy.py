@@ -14,11 +14,12 @@ divide the input channels of a layer are halved, down to 32, then the layer take
 has 96 channels in half of its layers, so that "g64" means groups of 32 there. The report counts
 the layers that each spec got.
 
-What came out on 256 pictures of the training set (`results/accuracy.json`): the loss of w8a8 is 0.23 ± 0.04 % above
-fp32's, that of w4a8-g64 2.1 ± 0.2 %, of w4a8 per channel 3.3 ± 0.3 %; int8 activations account for
-0.2 % everywhere. Range search pays per channel (11.3 -> 10.1 % prediction error with w4a8), with
-groups and with 8 bits it changes nothing that can be told from chance. The layers that lose most
-are the second linear of the feed-forward under int8 activations, and `conv_shortcut` at any width.
+What came out on 256 pictures of the training set (`results/accuracy.json`): the loss of w8a8 is
+0.23 ± 0.04 % above fp32's, that of w4a8-g64 2.1 ± 0.2 %, of w4a8 per channel 3.3 ± 0.3 %; int8
+activations account for 0.2 % everywhere. Range search pays per channel (11.3 -> 10.1 % prediction
+error with w4a8), with groups and with 8 bits it changes nothing that can be told from chance. The
+layers that lose most are the second linear of the feed-forward under int8 activations, and
+`conv_shortcut` at any width.
 """
 
 import argparse
