@@ -24,7 +24,7 @@ import torch
 from benchmarks import integer_candidates as kinds
 from benchmarks import peak
 from benchmarks.integer_candidates import Candidate
-from benchmarks.quiet import QUIET, Disturbance, enough, held, pause, quietest
+from benchmarks.quiet import QUIET, Disturbance, Hold, enough, pause, quietest
 from benchmarks.sd15 import ConvShape, LinearShape, shapes
 from benchmarks.timing import machine
 from zo_kernels._files import atomic_write
@@ -102,9 +102,7 @@ def _telling(shape: ConvShape) -> bool:
     return shape.c == shape.n or shape.c in (1920, 2560) or (shape.size, shape.c) == (64, 640)
 
 
-def measure(
-    case: Case, rounds: int, threads: int, lock: Path | None = None
-) -> tuple[list[OpRow], float]:
+def measure(case: Case, rounds: int, threads: int) -> tuple[list[OpRow], float]:
     """The rows of one case, and the most that others disturbed its rounds. A reference, which is no
     kernel, is timed once."""
     made = case.make()
@@ -115,17 +113,16 @@ def measure(
     attempts: list[tuple[float, dict[str, float]]] = []
     while not enough([share for share, _ in attempts], rounds):
         turn = {}
-        with held(lock, exclusive=True):
-            disturbance = Disturbance()
-            for name, call in calls.items():
-                if name in slow and attempts:
-                    continue
-                time.sleep(SETTLE)
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    call()
-                turn[name] = (time.perf_counter() - start) * 1e3 / repeats[name]
-            attempts.append((disturbance.share(), turn))
+        disturbance = Disturbance()
+        for name, call in calls.items():
+            if name in slow and attempts:
+                continue
+            time.sleep(SETTLE)
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            turn[name] = (time.perf_counter() - start) * 1e3 / repeats[name]
+        attempts.append((disturbance.share(), turn))
         pause(attempts[-1][0])
     kept = quietest(rounds, attempts)
     once = attempts[0][1]
@@ -240,17 +237,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no share of the peak: {why}")
     rounds = min(given.rounds, 3) if given.quick else given.rounds
     groups = []
-    for case in cases(given.quick, given.all):
-        if given.only not in case.title:
-            continue
-        with torch.no_grad():
-            rows, disturbed = measure(case, rounds, threads, given.lock)
-        print(text_of(case.title, rows), flush=True)
-        kept = [asdict(row) for row in rows]
-        about = {"title": case.title, "kind": case.kind, "disturbed": disturbed}
-        groups.append(about | {"rows": kept})
-        if disturbed > QUIET:
-            print(f"others took up to {disturbed:.0%} of the cores\n")
+    with Hold(given.lock) as hold, torch.no_grad():
+        for case in cases(given.quick, given.all):
+            if given.only not in case.title:
+                continue
+            hold.renew()
+            rows, disturbed = measure(case, rounds, threads)
+            print(text_of(case.title, rows), flush=True)
+            if disturbed > QUIET:
+                print(f"others took up to {disturbed:.0%} of the cores\n")
+            kept = [asdict(row) for row in rows]
+            about = {"title": case.title, "kind": case.kind, "disturbed": disturbed}
+            groups.append(about | {"rows": kept})
     print(summary(groups))
     if any(row["backend"] == REFERENCE for group in groups for row in group["rows"]):
         print("* ran the reference, which is no kernel: its time says nothing.")

@@ -5,9 +5,9 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 Round = TypeVar("Round")
 QUIET = 0.03  # share of the cores that others may take in a round; else it is repeated
@@ -24,6 +24,29 @@ def held(lock: Path | None, exclusive: bool) -> Iterator[None]:
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         yield
+
+
+class Hold:
+    """Holds `lock` alone inside `with`, but for a moment's release at the first `renew` after
+    `seconds`, so that others get their turn between two rounds."""
+
+    def __init__(self, lock: Path | None, seconds: float = 100.0) -> None:
+        self._lock, self._seconds = lock, seconds
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._held.enter_context(held(self._lock, exclusive=True))
+        self._since = time.monotonic()
+        return self
+
+    def renew(self) -> None:
+        if time.monotonic() - self._since > self._seconds:
+            self._held.close()
+            time.sleep(0.1)
+            self.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
 
 class Disturbance:

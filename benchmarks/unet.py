@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import module_profile, sd15
-from benchmarks.quiet import PATIENCE, QUIET, enough, held, pause, quietest
+from benchmarks.quiet import PATIENCE, QUIET, Hold, enough, held, pause, quietest
 from benchmarks.timing import machine
 from benchmarks.unet_stacks import PEERS, Job, Stack, stacks
 from zo_kernels._files import atomic_write
@@ -142,15 +142,16 @@ def measure(
                 ask(name, "save", str(outputs[name]))
         if REFERENCE in workers:
             errors = {name: _error(outputs[name], outputs[REFERENCE]) for name in workers}
-        for _ in range(PATIENCE * given.rounds):
-            for name in list(workers):  # a short hold each: others get their turn too
-                if enough([share for share, _ in runs[name]], given.rounds):
-                    continue
-                with held(given.lock, exclusive=True):
+        with Hold(given.lock) as hold:
+            for _ in range(PATIENCE * given.rounds):
+                hold.renew()
+                for name in list(workers):
+                    if enough([share for share, _ in runs[name]], given.rounds):
+                        continue
                     answer = ask(name, "run")
-                if name in workers:
-                    runs[name].append((answer["disturbed"], answer["seconds"]))
-                    pause(answer["disturbed"])
+                    if name in workers:
+                        runs[name].append((answer["disturbed"], answer["seconds"]))
+                        pause(answer["disturbed"])
         for name in list(workers):
             peaks[name] = ask(name, "peak").get("peak", 0)
         if given.profile:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import fcntl
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.quiet import PATIENCE, QUIET, Disturbance, enough, held, quietest
+from benchmarks.quiet import PATIENCE, QUIET, Disturbance, Hold, enough, held, quietest
 
 
 def test_quietest_keeps_their_order():
@@ -28,6 +29,31 @@ def test_held_exclusive_keeps_others_out(tmp_path):
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
     with held(None, exclusive=True):
         pass
+
+
+def test_hold_lets_go_between_rounds(tmp_path):
+    lock = tmp_path / "lock"
+
+    def free():
+        with lock.open() as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    with Hold(lock, seconds=0) as hold, ThreadPoolExecutor() as pool:
+        assert not free()
+        with lock.open() as other:
+            waiting = pool.submit(fcntl.flock, other, fcntl.LOCK_SH)
+            assert not waiting.done()
+            renewed = pool.submit(hold.renew)
+            waiting.result(10)
+        renewed.result(10)
+        assert not free()
+    assert free()
+    with Hold(None) as hold:
+        hold.renew()
 
 
 def test_own_work_is_no_disturbance():
