@@ -60,7 +60,7 @@ class TextualInversionConfig:
     base_precision: str = option("int8", "how weights are held", choices=("int8", "as-loaded"))
     activation_precision: str = option(
         "float",
-        "what an int8 base multiplies: int8 is faster, and rounds away probes below zo_eps 1e-2",
+        "what an int8 base multiplies; int8 is faster, but too coarse for zo_eps below 1e-2",
         choices=("float", "int8"),
     )
     evaluations_per_forward: int = option(0, "perturbed copies a forward; 0: all, or what fits")
