@@ -32,6 +32,7 @@ FUNCTIONS = {
     "quantize_rows": "quantize_rows",
     "scaled_dot_product_attention": "attention",
     "group_norm": "GroupNorm",
+    "group_norm_quantize": "GroupNorm",
     "layer_norm": "LayerNorm",
     "silu": "SiLU, GELU",
     "gelu": "SiLU, GELU",

@@ -4,15 +4,17 @@
     python -m benchmarks.report [--check]
 
 Every table stands under the command that printed it and the machine that it ran on. A file of rows
-is JSON with "command" and "machine", and with "groups" in the form of its benchmark or, from any
-other, "tables": a list of {"title", "columns", "rows"}, rows being lists of text and numbers. A
-picture of the same name is shown below its tables.
+is JSON with "command" and "machine" that benchmarks.<name>.report makes a text of; or that holds
+"tables", a list of {"title", "columns", "rows"}, rows being lists of text and numbers. A picture of
+the same name is shown below its tables.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,16 @@ are medians of rounds in which all candidates take turns, with the fastest and t
 COMMANDS = {
     "noise_engine": "python -m benchmarks.noise_engine --unet",
     "base_model": "python -m benchmarks.base_model --data FOLDER",
+    "accuracy": "python -m benchmarks.accuracy --data FOLDER",
+    "rounding_noise": "python -m benchmarks.rounding_noise",
 }
 TITLES = {
     "unet": "One forward of a whole UNet",
     "integer_ops": "Integer linear layers and convolutions",
     "noise_engine": "The noise engine",
     "base_model": "What the base model knows",
+    "accuracy": "What rounding to integers costs",
+    "rounding_noise": "Small probes under rounding noise",
 }
 
 
@@ -64,12 +70,6 @@ def _noise_engine(content: dict[str, Any]) -> Iterator[str]:
         yield timing.text_of(title, [timing.Row(**row) for row in rows])
 
 
-def _base_model(content: dict[str, Any]) -> Iterator[str]:
-    from benchmarks import base_model  # it needs the persona extra
-
-    yield base_model.report(content) + "\n"
-
-
 def _tables(content: dict[str, Any]) -> Iterator[str]:
     for table in content["tables"]:
         columns = [str(column) for column in table["columns"]]
@@ -84,18 +84,17 @@ def _line(cells: Sequence[object]) -> str:
 def _renderer(stem: str, content: dict[str, Any]) -> Callable[[dict[str, Any]], Iterator[str]]:
     if "tables" in content:
         return _tables
-    by_prefix = {
-        "unet": _unet,
-        "integer_ops": _integer_ops,
-        "noise_engine": _noise_engine,
-        "base_model": _base_model,
-    }
+    by_prefix = {"unet": _unet, "integer_ops": _integer_ops, "noise_engine": _noise_engine}
     for prefix, render in by_prefix.items():
         if stem.startswith(prefix):
             return render
+    with suppress(ImportError):
+        own = import_module(f"benchmarks.{stem}")
+        if hasattr(own, "report"):
+            return lambda figures: iter([own.report(figures) + "\n"])
     raise ValueError(
-        f'report: {stem}.json must hold "tables" or be of {", ".join(by_prefix)}, got '
-        f'{", ".join(content)}; write {{"title", "columns", "rows"}} tables'
+        f'report: {stem}.json must hold "tables", or benchmarks.{stem} a function report, got '
+        f"{', '.join(content)}; write tables of title, columns and rows"
     )
 
 

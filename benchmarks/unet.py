@@ -233,7 +233,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.unet", description=__doc__)
     parser.add_argument("--model", choices=sd15.ARCHITECTURES, default="sd15")
     parser.add_argument("--peers", type=_words, default=list(PEERS), help=",".join(PEERS))
-    parser.add_argument("--specs", type=_words, default=[], help="ours, such as w8a8,w4a8-g64@bf16")
+    parser.add_argument(
+        "--specs", type=_words, default=[], help="ours, such as w8a8,w4a8@bf16:unfused"
+    )
     parser.add_argument("--stacks", type=_words, help="only those whose name fits, as *-fp32,zo-*")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5)

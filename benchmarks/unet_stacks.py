@@ -38,7 +38,9 @@ class Job:
         """Where this stack keeps a conversion, apart for everything that changes it."""
         text = json.dumps([self.stack, self.model, self.seed, *map(str, key)])
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return self.cache / f"{self.stack.replace('@', '-')}-{self.model}-{digest}"
+        return (
+            self.cache / f"{self.stack.replace('@', '-').replace(':', '-')}-{self.model}-{digest}"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Stack:
 
 
 def stacks(peers: Sequence[str], specs: Sequence[str]) -> list[Stack]:
-    """All stacks of `peers`, then ours: one for each spec, such as "w8a8" or "w4a8-g64@bf16"
-    (after @ the dtype of everything that is not an integer; default fp32)."""
+    """All stacks of `peers`, then ours: one for each spec, such as "w8a8" or "w4a8@bf16:unfused"
+    (after @ the dtype of everything that is not an integer, default fp32; after : whether blocks
+    stay diffusers' own)."""
     made = [stack for stack in _peers() if stack.peer in peers]
     return made + [_ours(spec) for spec in specs]
 
@@ -211,9 +214,11 @@ def _ours(spec: str) -> Stack:
     return Stack(f"zo-{spec}", f"zo_kernels {spec}", "ours", _load_ours, _prepare_ours)
 
 
-def _our_spec(job: Job) -> tuple[str, torch.dtype]:
-    spec, _, dtype = job.stack.removeprefix("zo-").partition("@")
-    return spec, DTYPES[dtype or "fp32"]
+def _our_spec(job: Job) -> tuple[str, torch.dtype, bool]:
+    """Format of the layers, dtype of everything else, whether to fuse."""
+    rest, _, unfused = job.stack.removeprefix("zo-").partition(":")
+    spec, _, dtype = rest.partition("@")
+    return spec, DTYPES[dtype or "fp32"], not unfused
 
 
 def _our_file(job: Job) -> Path:
@@ -233,7 +238,7 @@ def _prepare_ours(job: Job) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    spec, dtype = _our_spec(job)
+    spec, dtype, _ = _our_spec(job)
     model = sd15.unet(job.model, dtype, job.seed)
     print(quantize_(model, QuantConfig(spec=spec, skip=OURS_SKIP)))
     save_quantized(model, path)
@@ -242,5 +247,10 @@ def _prepare_ours(job: Job) -> None:
 def _load_ours(job: Job) -> tuple[Forward, Any]:
     from zo_kernels.quant import load_quantized
 
-    _, dtype = _our_spec(job)
-    return _eager(load_quantized(sd15.meta_unet(job.model), _our_file(job)), job, dtype)
+    _, dtype, fused = _our_spec(job)
+    model = load_quantized(sd15.meta_unet(job.model), _our_file(job))
+    if fused:
+        from persona.fused import fuse_
+
+        print(f"{fuse_(model)} blocks fused")
+    return _eager(model, job, dtype)
