@@ -77,6 +77,13 @@ class ZOTrainer(Trainer):
     Not for fp16=True: its scaler waits for gradients (bf16=True is fine). Not for several
     processes: Trainer would wrap the model in DistributedDataParallel, which allocates gradients;
     use `accelerate_loop`.
+
+    Any `probe` will do, but for probe="virtual" (what "auto" is for more than 16 MiB of bf16 or
+    fp16 weights) with torch_compile=True: a compiled graph does not see perturbed weights, and the
+    first step says so; take "snapshot". keep_perturbed=True ends a step with the next perturbation
+    in the weights. Trainer calls `optimizer.eval()`, which takes it out, before it evaluates; the
+    two methods below do so before it saves and when it ends. A callback that reads weights in
+    between has to call it as well.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +114,16 @@ class ZOTrainer(Trainer):
                 losses.append(sum(parts) / len(parts))
         return torch.tensor(optimizer.tell(losses), device=self.args.device)
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer.eval()
+        super().save_model(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.optimizer.eval()
+
 
 def accelerate_loop(
     model: nn.Module, data: Dataset, steps: int, batch_size: int = 32, accumulate: int = 1
@@ -115,8 +132,12 @@ def accelerate_loop(
 
     The wrapped optimizer hands a closure through and returns nothing, so `.optimizer` is called,
     which is what every process needs. The model is not prepared: it needs no gradients exchanged.
+
+    Several processes: `accelerate launch --num_processes 2` on GPUs; on CPUs, where that starts one
+    process but for MPI, `torchrun --nproc-per-node 2`.
     """
-    accelerator = Accelerator()
+    # Without a GPU accelerate joins torchrun's processes only if it is told that the CPU is meant.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model.to(accelerator.device).eval()
     loader = DataLoader(data, batch_size, shuffle=True, drop_last=True)  # type: ignore[arg-type]
     optimizer = ZOSGD(model.named_parameters(), **ZO)

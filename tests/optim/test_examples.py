@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -82,6 +83,50 @@ def test_resume_from_a_checkpoint_has_the_same_bits(example, data, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same_bits(weights(whole), weights(resumed))
     assert resumed.optimizer.optimizer.draw == whole.optimizer.optimizer.draw
+
+
+def test_what_is_evaluated_saved_and_left_is_without_perturbation(
+    example, data, tmp_path, monkeypatch
+):
+    """`keep_perturbed` changes no bit of it; nor does it matter when Trainer looks."""
+    looks = {"save_strategy": "steps", "save_steps": 1}
+    found = []
+    for keep, changes in ((False, looks), (True, looks), (True, {})):
+        options = example.ZO | {"probe": "in_place", "keep_perturbed": keep}
+        monkeypatch.setattr(example, "ZO", options)
+        folder = tmp_path / f"{keep}{len(changes)}"
+        trainer = example.make_trainer("zo", data, 0, str(folder), **(SETTINGS | changes))
+        if changes:
+            trainer.eval_dataset = data
+            trainer.args.eval_strategy = type(trainer.args.eval_strategy).STEPS
+            trainer.args.eval_steps = 1
+        trainer.train()
+        losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        saved = [load_file(path) for path in sorted(folder.glob("checkpoint-*/*.safetensors"))]
+        found.append((weights(trainer), losses, saved))
+    (plain, losses, saved), (kept, losses_kept, saved_kept), (unseen, _, _) = found
+    assert same_bits(plain, kept) and same_bits(plain, unseen)
+    assert losses == losses_kept and len(losses) == len(saved) == 4
+    for a, b in zip(saved, saved_kept, strict=True):
+        assert same_bits(a.values(), b.values())
+
+
+def test_trainer_with_weights_that_are_never_written(example, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "ZO", example.ZO | {"probe": "virtual"})
+    trainer = example.make_trainer("zo", data, 0, str(tmp_path), **SETTINGS)
+    before = weights(trainer)
+    compute_loss = trainer.compute_loss
+
+    def watching(*args, **kwargs):
+        if trainer.optimizer.optimizer.steps == 0:
+            with torch._C.DisableTorchFunction():  # what lies there, not what a function reads
+                assert same_bits(before, weights(trainer))
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = watching
+    trainer.train()
+    assert trainer.optimizer.optimizer.rejected == 0
+    assert not same_bits(before, weights(trainer))
 
 
 def test_the_plain_loop_accumulates_too(example, data):
