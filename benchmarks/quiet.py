@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 Round = TypeVar("Round")
 QUIET = 0.03  # share of the cores that others may take in a round; else it is repeated
-PATIENCE = 5  # times the rounds asked for, at most
+PATIENCE = 3  # times the rounds asked for, at most
 
 
 @contextmanager
@@ -42,7 +42,7 @@ class Hold:
     def renew(self) -> None:
         if time.monotonic() - self._since > self._seconds:
             self._held.close()
-            time.sleep(0.1)
+            time.sleep(2)  # whoever waits gets it
             self.__enter__()
 
     def __exit__(self, *_: object) -> None:

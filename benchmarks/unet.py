@@ -143,7 +143,7 @@ def measure(
         if REFERENCE in workers:
             errors = {name: _error(outputs[name], outputs[REFERENCE]) for name in workers}
         with Hold(given.lock) as hold:
-            for _ in range(PATIENCE * given.rounds):
+            for number in range(PATIENCE * given.rounds):
                 hold.renew()
                 for name in list(workers):
                     if enough([share for share, _ in runs[name]], given.rounds):
@@ -151,6 +151,8 @@ def measure(
                     answer = ask(name, "run")
                     if name in workers:
                         runs[name].append((answer["disturbed"], answer["seconds"]))
+                        told = f"round {number}: {name} {answer['seconds']:.2f} s"
+                        print(f"{told}, others {answer['disturbed']:.0%}", file=sys.stderr)
                         pause(answer["disturbed"])
         for name in list(workers):
             peaks[name] = ask(name, "peak").get("peak", 0)
