@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The noise engine against what one writes without it.
 
-    python -m benchmarks.noise_engine [--elements 100000000] [--rounds 9] [--unet]
+    python -m benchmarks.noise_engine [--elements 100000000] [--rounds 9] [--unet] [--lock FILE]
 
 The floor is an in-place `add_`: one read and one write of every weight. MeZO's way is the loop of
 its published trainer (Malladi et al. 2023): reseed, then for each parameter draw z with
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import step_memory
+from benchmarks.quiet import Hold, held
 from benchmarks.step_memory import MemoryRow
 from benchmarks.timing import Row, in_turns, keep, machine, text_of
 from zo_kernels import rng
@@ -125,13 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--unet", action="store_true", help="also 686 tensors of 860 M values")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/noise_engine.json"))
+    parser.add_argument("--lock", type=Path, help="file to hold while timing (flock)")
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     millions = f"{given.elements / 1e6:.0f} M"
     groups: dict[str, Sequence[Row | MemoryRow]] = {}
 
     def measure(title: str, candidates: dict[str, Callable[[], object]]) -> None:
-        rows = in_turns(candidates, floor=FLOOR, rounds=given.rounds)
+        with Hold(given.lock) as hold:
+            rows = in_turns(candidates, floor=FLOOR, rounds=given.rounds, between=hold.renew)
         groups[title] = rows
         print(text_of(title, rows), flush=True)
 
@@ -148,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title = "the 686 tensors of SD1.5's UNet, float32"
         tensors = []
         if (why := step_memory.unavailable(device)) is None:
-            memory = step_memory.measure(STEPS, shapes, device)
+            with held(given.lock, exclusive=False):
+                memory = step_memory.measure(STEPS, shapes, device)
             groups[f"memory of a step, {title}"] = memory
             print(step_memory.text_of(f"memory of a step, {title}", memory), flush=True)
         else:

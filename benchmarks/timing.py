@@ -34,14 +34,20 @@ class Row:
 
 
 def in_turns(
-    candidates: dict[str, Callable[[], object]], *, floor: str, rounds: int = 9
+    candidates: dict[str, Callable[[], object]],
+    *,
+    floor: str,
+    rounds: int = 9,
+    between: Callable[[], object] = lambda: None,
 ) -> list[Row]:
     """Rows of ``candidates`` (name -> call), each called once a round after one warm-up call.
 
-    floor: name of the candidate that the others are compared with.
+    floor: name of the candidate that the others are compared with; between: called before each
+    round.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
+        between()
         for name, call in candidates.items():
             _synchronize()
             start = time.perf_counter()
