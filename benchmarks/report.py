@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import integer_ops, module_profile, timing, unet
+from benchmarks import integer_ops, module_profile, step_memory, timing, unet
 from zo_kernels._files import atomic_write
 
 RESULTS = Path("benchmarks/results")
@@ -67,7 +67,10 @@ def _integer_ops(content: dict[str, Any]) -> Iterator[str]:
 
 def _noise_engine(content: dict[str, Any]) -> Iterator[str]:
     for title, rows in content["groups"].items():
-        yield timing.text_of(title, [timing.Row(**row) for row in rows])
+        if title.startswith("memory"):
+            yield step_memory.text_of(title, [step_memory.MemoryRow(**row) for row in rows])
+        else:
+            yield timing.text_of(title, [timing.Row(**row) for row in rows])
 
 
 def _tables(content: dict[str, Any]) -> Iterator[str]:
