@@ -19,6 +19,9 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.noise_engine --unet
+	$(BIN)/python -m benchmarks.integer_ops
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.report
 
 # Other stacks that `python -m benchmarks.unet` measures beside ours.
 peers: setup
