@@ -3,9 +3,10 @@
 
     python -m benchmarks.integer_ops [--quick]
 
-Candidates of a shape take turns in one process, and the loop that measures the int8 peak of the
-cores takes its turn among them. TOPS count a product and a sum as two operations; rounding the
-activations costs time and counts as none.
+Candidates of a shape take turns in one process. Shares are of the int8 peak, the best of many
+turns of a loop in registers; that loop takes its turn among the candidates too, and a share of its
+own below 100 % says that the machine gave those rounds less. TOPS count a product and a sum as two
+operations; rounding the activations costs time and counts as none.
 """
 
 import argparse
@@ -39,7 +40,7 @@ LEAST_MS = 8.0  # short calls repeat until a turn takes about this long
 @dataclass(frozen=True)
 class OpRow:
     """One candidate on one shape: milliseconds of a call, Tera-operations a second, and the share
-    of the int8 peak that was measured in the same rounds (None where it cannot be)."""
+    of the int8 peak (None where that cannot be measured)."""
 
     name: str
     backend: str
@@ -102,9 +103,10 @@ def _telling(shape: ConvShape) -> bool:
     return shape.c == shape.n or shape.c in (1920, 2560) or (shape.size, shape.c) == (64, 640)
 
 
-def measure(case: Case, rounds: int, threads: int) -> tuple[list[OpRow], float]:
+def measure(case: Case, rounds: int, threads: int, top: float | None) -> tuple[list[OpRow], float]:
     """The rows of one case, and the most that others disturbed its rounds. A reference, which is no
-    kernel, is timed once."""
+    kernel, is timed once. top: the int8 peak in TOPS, None if unknown. The loop that measures it
+    runs in each round too: its own share tells what the machine gave these rounds."""
     made = case.make()
     loops = {} if peak.unavailable() else peak.loops(threads)
     calls = {c.name: c.call for c in made} | ({PEAK: loops["int8"]} if loops else {})
@@ -128,10 +130,6 @@ def measure(case: Case, rounds: int, threads: int) -> tuple[list[OpRow], float]:
     once = attempts[0][1]
     times = {n: [once[n]] if n in slow else [turn[n] for turn in kept] for n in calls}
     disturbed = max(sorted(share for share, _ in attempts)[:rounds])
-    top = None
-    if loops:
-        done = peak.operations("int8", threads)
-        top = done / statistics.median(times[PEAK]) / 1e9
     rows = []
     for c in made:
         ms = statistics.median(times[c.name])
@@ -139,9 +137,11 @@ def measure(case: Case, rounds: int, threads: int) -> tuple[list[OpRow], float]:
         share = None if top is None else tops / top
         spread = min(times[c.name]), max(times[c.name])
         rows.append(OpRow(c.name, c.backend, ms, *spread, tops, share, c.error))
-    if top is not None:
+    if top is not None and PEAK in times:
         ms = statistics.median(times[PEAK])
-        rows.append(OpRow(PEAK, "", ms, min(times[PEAK]), max(times[PEAK]), top, 1.0, None))
+        tops = peak.operations("int8", threads) / ms / 1e9
+        spread = min(times[PEAK]), max(times[PEAK])
+        rows.append(OpRow(PEAK, "", ms, *spread, tops, tops / top, None))
     return rows, disturbed
 
 
@@ -236,13 +236,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if why is not None:
         print(f"no share of the peak: {why}")
     rounds = min(given.rounds, 3) if given.quick else given.rounds
+    top = None
     groups = []
     with Hold(given.lock) as hold, torch.no_grad():
+        if why is None:
+            top = peak.best("int8", threads)
+            print(f"int8 peak: {top:.3f} TOPS\n")
         for case in cases(given.quick, given.all):
             if given.only not in case.title:
                 continue
             hold.renew()
-            rows, disturbed = measure(case, rounds, threads)
+            rows, disturbed = measure(case, rounds, threads, top)
             print(text_of(case.title, rows), flush=True)
             if disturbed > QUIET:
                 print(f"others took up to {disturbed:.0%} of the cores\n")
@@ -255,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     content = {
         "command": shlex.join(["python", "-m", "benchmarks.integer_ops", *words]),
-        "machine": machine(),
+        "machine": machine() | {"int8 peak in TOPS": None if top is None else round(top, 3)},
         "groups": groups,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)

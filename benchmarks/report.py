@@ -54,9 +54,6 @@ def _unet(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _integer_ops(content: dict[str, Any]) -> Iterator[str]:
-    peaks = [r["tops"] for g in content["groups"] for r in g["rows"] if r["name"] == "int8 peak"]
-    if peaks:
-        yield f"The int8 peak measured {min(peaks):.2f} to {max(peaks):.2f} TOPS.\n"
     yield integer_ops.HOW_TO_READ
     yield integer_ops.summary(content["groups"])
     for group in content["groups"]:

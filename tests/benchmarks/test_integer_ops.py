@@ -25,7 +25,7 @@ def short_turns(monkeypatch):
 
 @pytest.mark.parametrize("case", [LINEAR, CONV, SMALL], ids=lambda case: case.title)
 def test_all_compute_the_same(case):
-    rows, disturbed = integer_ops.measure(case, rounds=1, threads=1)
+    rows, disturbed = integer_ops.measure(case, rounds=1, threads=1, top=1.0)
     assert 0 <= disturbed <= 1
     by_name = {row.name: row for row in rows}
     assert set(TOLERANCE) <= set(by_name)
@@ -43,7 +43,7 @@ def test_all_compute_the_same(case):
 
 def test_a_reference_is_never_mistaken_for_a_kernel():
     with use_backend("reference"):
-        rows, _ = integer_ops.measure(LINEAR, rounds=3, threads=1)
+        rows, _ = integer_ops.measure(LINEAR, rounds=3, threads=1, top=1.0)
     ours = [row for row in rows if row.name.startswith("w")]
     assert {row.backend for row in ours} == {"reference"}
     assert all(row.min_ms == row.max_ms for row in ours)  # timed once
@@ -56,7 +56,7 @@ def test_without_vnni(monkeypatch, tmp_path):
     monkeypatch.setattr(peak, "NEEDED", "no_such_flag")
     with pytest.raises(RuntimeError, match="no_such_flag"):
         peak.loops(1)
-    rows, _ = integer_ops.measure(LINEAR, rounds=1, threads=1)
+    rows, _ = integer_ops.measure(LINEAR, rounds=1, threads=1, top=None)
     assert all(row.of_peak is None for row in rows)
     integer_ops.summary([{"title": "t", "rows": [vars(row) for row in rows]}])
 
@@ -77,6 +77,7 @@ def test_noise_moves_the_codes():
 def test_peak_runs():
     for loop in peak.loops(1).values():
         loop()
+    assert 0 < peak.best("int8", 1, turns=2) < 100
 
 
 def test_command(tmp_path, monkeypatch, capsys):
