@@ -31,7 +31,7 @@ from torch import Tensor
 from zo_kernels import rng
 from zo_kernels.ops._quantized import LANES, Call, Layer, check_steps
 from zo_kernels.ops.quantize_rows import quantize_rows_ref
-from zo_kernels.packing import unpack_rows
+from zo_kernels.packing import PANEL, unpack_rows
 
 # Inputs [B, ...] and codes [N, K] to the sums over each group of k, [..., N] each.
 Products = Callable[[Tensor, Tensor, int], Iterable[Tensor]]
@@ -121,13 +121,18 @@ def along_inputs(vector: Tensor, layer: Layer) -> Tensor:
     return vector.view(-1, 1, 1) if layer.per_sample else vector
 
 
-def codes(call: Call, layer: Layer, dtype: torch.dtype) -> Tensor:
-    """q - z, [N, K]: integers up to 255, exact in bf16. Lives for one call."""
-    q = unpack_rows(call.qweight, layer.n, layer.taps, layer.channels, call.bits)
+def codes(call: Call, layer: Layer, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+    """q - z of some rows, all by default, [R, K]: integers up to 255, exact in bf16. Lives for one
+    call."""
+    first, end = (rows.start, rows.stop) if rows is not None else (0, layer.n)
+    skipped = first % PANEL
+    panels = call.qweight[first // PANEL : -(-end // PANEL)]
+    count = end - first
+    q = unpack_rows(panels, skipped + count, layer.taps, layer.channels, call.bits)[skipped:]
     values = q.flatten(1).to(dtype)
     if call.zero_point is not None:
-        zero_point = call.zero_point.to(dtype).view(layer.n, -1, 1)
-        values.view(layer.n, call.scale_groups, -1).sub_(zero_point)
+        zero_point = call.zero_point[first:end].to(dtype).view(count, -1, 1)
+        values.view(count, call.scale_groups, -1).sub_(zero_point)
     return values
 
 

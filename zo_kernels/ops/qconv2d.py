@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from zo_kernels._registry import Example, define
 from zo_kernels.ops import _quantized
 from zo_kernels.ops._quantized import Call, Layer, refusal
 from zo_kernels.ops._quantized_backend import backends
 from zo_kernels.ops._quantized_examples import examples
-from zo_kernels.ops._quantized_gradient import gradients, setup_context
+from zo_kernels.ops._quantized_gradient import Adjoint, gradients, setup_context
 from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
 
 SCHEMA = (
@@ -136,18 +136,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    geometry = ctx.geometry
+    geometry: Geometry = ctx.geometry
+    batch, _, *size = ctx.shape
 
-    def input_gradient(weight: Tensor, grad: Tensor) -> Tensor:
-        weight, grad = _as_image(weight, geometry), grad.permute(0, 3, 1, 2)
-        return conv2d_input(ctx.shape, weight, grad, *geometry[1:])
+    def adjoint(groups: int) -> Adjoint:
+        rest = (geometry.stride, geometry.padding, geometry.dilation, groups)
 
-    grad = grad.permute(0, 2, 3, 1)
-    x, bias, residual = gradients(ctx, grad, _products(geometry), input_gradient)
-    residual = None if residual is None else residual.permute(0, 3, 1, 2)
-    by_name = {"x": x, "bias": bias, "residual": residual}
+        def weight(a: Tensor, d: Tensor) -> Tensor:
+            shape = (d.shape[-1], a.shape[1] // groups, *geometry.kernel_size)
+            image = conv2d_weight(a, shape, d.permute(0, 3, 1, 2), *rest)
+            return image.permute(0, 2, 3, 1).flatten(1)
+
+        def inputs(weight: Tensor, d: Tensor) -> Tensor:
+            image = _as_image(weight, geometry)
+            shape = (batch, groups * image.shape[1], *size)
+            return conv2d_input(shape, image, d.permute(0, 3, 1, 2), *rest)
+
+        return Adjoint(weight, inputs)
+
+    def again(call: Call) -> Tensor:
+        y: Tensor = _op(*call[:5], *geometry, *call[5:])
+        return y.permute(0, 2, 3, 1)
+
+    found = gradients(ctx, grad.permute(0, 2, 3, 1), adjoint, again)
+    if "residual" in found:
+        found["residual"] = found["residual"].permute(0, 3, 1, 2)
     names = (*Call._fields[:5], *Geometry._fields, *Call._fields[5:])
-    return tuple(by_name.get(name) for name in names)
+    return tuple(found.get(name) for name in names)
 
 
 def _examples() -> Iterator[Example]:
@@ -176,6 +191,9 @@ def _examples() -> Iterator[Example]:
     yield example(plain._replace(x=trained, bias=torch.ones(8, requires_grad=True)))
     more = {"residual": torch.ones(2, 8, 4, 5, requires_grad=True), "in_scale": torch.ones(6)}
     yield example(plain._replace(x=trained, act_bits=16, activation="gelu", **more))
+    scales = {"scale": plain.scale.clone(), "in_scale": torch.ones(6)}
+    trained_scales: dict[str, Any] = {k: s.requires_grad_() for k, s in scales.items()}
+    yield example(plain._replace(x=trained, act_bits=16, **trained_scales))
 
 
 _op = define(

@@ -21,7 +21,7 @@ from zo_kernels.ops import _quantized
 from zo_kernels.ops._quantized import Call, Layer
 from zo_kernels.ops._quantized_backend import backends
 from zo_kernels.ops._quantized_examples import examples
-from zo_kernels.ops._quantized_gradient import gradients, setup_context
+from zo_kernels.ops._quantized_gradient import Adjoint, gradients, setup_context
 from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
 
 SCHEMA = (
@@ -66,12 +66,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    def input_gradient(weight: Tensor, grad: Tensor) -> Tensor:
-        return grad @ weight
+    def weight(a: Tensor, d: Tensor) -> Tensor:
+        return d.reshape(-1, d.shape[-1]).T @ a.reshape(-1, a.shape[-1])
 
-    x, bias, residual = gradients(ctx, grad, _products, input_gradient)
-    by_name = {"x": x, "bias": bias, "residual": residual}
-    return tuple(by_name.get(name) for name in Call._fields)
+    def inputs(weight: Tensor, d: Tensor) -> Tensor:
+        return d @ weight
+
+    found = gradients(ctx, grad, lambda groups: Adjoint(weight, inputs), lambda call: _op(*call))
+    return tuple(found.get(name) for name in Call._fields)
 
 
 def _examples() -> Iterator[Example]:
@@ -94,6 +96,10 @@ def _examples() -> Iterator[Example]:
     yield plain._replace(x=trained, bias=torch.ones(7, requires_grad=True))
     more = {"residual": torch.ones(5, 7, requires_grad=True), "in_scale": torch.ones(63)}
     yield plain._replace(x=trained, act_bits=8, activation="silu", **more)
+    scales = {"scale": plain.scale.clone(), "in_scale": torch.ones(63)}
+    trained_scales: dict[str, Any] = {k: s.requires_grad_() for k, s in scales.items()}
+    yield plain._replace(x=trained.detach(), act_bits=8, activation="gelu", **trained_scales)
+    yield plain._replace(x=trained, **trained_scales)
 
 
 _op = define(
@@ -137,7 +143,8 @@ def qlinear(
     and the result is the same to the bit on every backend, but for an activation. With
     `act_bits=16` x keeps its dtype (the reference multiplies float16 in fp32, where unscaled sums
     cannot overflow), also under autocast. Codes are converted for the length of the call; nothing
-    is kept. Gradients flow to x, bias and residual; the weight is frozen.
+    is kept. Gradients flow to x, scale, in_scale, bias and residual, without a floating weight; the
+    codes are frozen. Rounding of x passes them straight through.
 
     P = len(draws) perturbations are evaluated in one pass: sample b of the first axis of x, of
     size B, sees perturbation p = b * P // B, of coefficient c = coeffs[p] and noise z or R, drawn
@@ -178,7 +185,7 @@ def qlinear(
         TypeError: a tensor has another dtype.
         ValueError: shapes do not fit each other, a number or a name is out of range, the tensors
             are on several devices, or K exceeds 65536 where integers are summed.
-        NotImplementedError: a scale requires a gradient, or anything does where `perturb` is set.
+        NotImplementedError: x_scale requires a gradient, or anything does where `perturb` is set.
 
     Example:
         >>> codes, scale = zo_kernels.quant.absmax(linear.weight)
