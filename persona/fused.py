@@ -82,7 +82,7 @@ def _norm_conv(
 ) -> Tensor:
     """conv(silu(norm(x + shift))) + residual."""
     normalize: Callable[..., Any] = group_norm
-    if conv.spec.act_bits == 8:
+    if conv.spec.act_bits == 8 and conv.in_scale is None:
         normalize = group_norm_quantize
     y = normalize(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, activation="silu"
@@ -140,7 +140,7 @@ def _is_plain(attn: Any) -> bool:
 
 
 def _project(layers: tuple[QuantLinear, ...], x: Tensor) -> list[Tensor]:
-    if any(layer.spec.act_bits != 8 for layer in layers):
+    if any(layer.spec.act_bits != 8 or layer.in_scale is not None for layer in layers):
         return [layer(x) for layer in layers]
     codes, scale = quantize_rows(x)
     return [layer(codes, x_scale=scale, out_dtype=x.dtype) for layer in layers]

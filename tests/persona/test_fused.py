@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from persona.fused import FusedAttnProcessor, FusedResnetBlock2D, fuse_
-from zo_kernels.nn import perturbed
+from zo_kernels.nn import perturbed, set_scales_, trainable_scales
 from zo_kernels.quant import QuantConfig, quantize_
 
 
@@ -90,3 +90,15 @@ def test_a_vae_is_fused_too():
         assert fuse_(vae) > 0
         after = vae(x).sample
     assert (after - before).norm() <= 1e-5 * before.norm()
+
+
+@pytest.mark.parametrize("spec", ["w8", "w8a8"])
+def test_same_prediction_with_input_scales(spec):
+    """A layer with `in_scale` quantizes its input itself."""
+    unet = _unet(spec)
+    scales = trainable_scales(unet, ("in_scale",))
+    set_scales_(unet, {k: torch.linspace(0.8, 1.2, v.numel()) for k, v in scales.items()})
+    before = _run(unet)
+    fuse_(unet)
+    tolerance = 1e-5 if spec == "w8" else 1e-2
+    assert (_run(unet) - before).norm() <= tolerance * before.norm()

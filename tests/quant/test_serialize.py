@@ -303,8 +303,8 @@ BAD_FILES = {
         r"path must have the header of save_quantized, got .* \(fields \['config', 'tied', 'vers",
     ),
     "version": (
-        {"version": 3},
-        r"path must have layout version 1 or 2, got .* \(version 3\); a newer zo_kernels wrote it",
+        {"version": 4},
+        r"path must have layout version 1 or 2 or 3, .* \(version 4\); a newer zo_kernels wrote",
     ),
     "config": ({"config": {"bits": 8}}, r"values must hold known fields, got \['bits'\]"),
     "spec": ({"layers": {"0": ["w5", "float32"]}}, "spec must be w8, w4, .* got 'w5'"),

@@ -5,6 +5,17 @@ from zo_kernels.nn._base import QuantModule
 from zo_kernels.nn._spec import Spec
 from zo_kernels.nn.conv2d import QuantConv2d
 from zo_kernels.nn.linear import QuantLinear
-from zo_kernels.nn.perturb import perturbed, streams_of
+from zo_kernels.nn.perturb import input_stream, perturbed, streams_of
+from zo_kernels.nn.scales import set_scales_, trainable_scales
 
-__all__ = ["QuantConv2d", "QuantLinear", "QuantModule", "Spec", "perturbed", "streams_of"]
+__all__ = [
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantModule",
+    "Spec",
+    "input_stream",
+    "perturbed",
+    "set_scales_",
+    "streams_of",
+    "trainable_scales",
+]

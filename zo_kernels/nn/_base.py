@@ -14,7 +14,7 @@ from zo_kernels.nn._spec import Spec
 from zo_kernels.nn._weight import WeightInfo
 from zo_kernels.packing import PACKING, PANEL, pack, packed_shape, unpack
 
-INTEGERS = ("qweight", "scale", "zero_point")  # buffers that keep their dtype
+INTEGERS = ("qweight", "scale", "zero_point", "in_scale")  # buffers that keep their dtype
 _CHUNK = 1 << 20  # codes that are packed at a time
 
 
@@ -26,6 +26,7 @@ class QuantModule(nn.Module):
     | `qweight` | uint8, the codes as `zo_kernels.packing` lays them out: the only copy |
     | `scale` | fp32 [N], or [N, K / group] |
     | `zero_point` | int8 of the shape of scale; None unless the spec is asymmetric |
+    | `in_scale` | fp32, multiplied to the channels of the input; None as a rule: no factor |
 
     The buffers keep their dtype under `.to(dtype)`, `.half()` and the like: the integers are the
     model, and a scale rounded to 16 bits would shift a whole channel. The bias stays the parameter
@@ -38,6 +39,7 @@ class QuantModule(nn.Module):
         spec: how the weight is stored and multiplied.
         headroom: whole steps (1 code with 8 bits, 1/16 code with 4) by which every code can be
             moved; see `what="codes"` of `zo_kernels.nn.perturbed`. 0 where there is none.
+        inputs: channels of the input, the size of `in_scale`.
     """
 
     spec: Spec
@@ -45,6 +47,7 @@ class QuantModule(nn.Module):
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    in_scale: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -64,6 +67,7 @@ class QuantModule(nn.Module):
             )
         self.headroom = 0
         self.perturbation: Mapping[str, Any] = {}  # keyword arguments of the op
+        self.in_scales: Tensor | None = None  # [P, inputs], of each part of a batch
         self._shape = torch.Size(shape)
         self._dtype = dtype or torch.get_default_dtype()
         scale_shape = self.spec.scale_shape(shape)
@@ -78,6 +82,7 @@ class QuantModule(nn.Module):
             if self.spec.asymmetric
             else None,
         )
+        self.register_buffer("in_scale", None)
         self.register_parameter(
             "bias",
             nn.Parameter(torch.zeros(shape[0], dtype=self._dtype, device=device)) if bias else None,
@@ -92,9 +97,18 @@ class QuantModule(nn.Module):
         """A copy of the integers: int8 in the shape of the weight, -8 to 7 with 4 bits."""
         return unpack(self.qweight, self._shape, self.spec.bits)
 
+    @property
+    def inputs(self) -> int:
+        raise NotImplementedError
+
     def dequantized(self) -> Tensor:
-        """A float copy of the weight: scale * (code - zero point), fp32 in the weight's shape."""
-        return dequantized(self.codes(), self.scale, self.zero_point)
+        """A float copy of the weight: scale * (code - zero point) * in_scale, fp32 in the weight's
+        shape."""
+        weight = dequantized(self.codes(), self.scale, self.zero_point)
+        if self.in_scale is not None:
+            factors = self.in_scale.view(-1, 1, self._shape[1], *[1] * (len(self._shape) - 2))
+            weight.unflatten(0, (len(factors), -1)).mul_(factors)
+        return weight
 
     def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Take over a weight given as integers; the device becomes that of `codes`.
@@ -114,6 +128,17 @@ class QuantModule(nn.Module):
         self.headroom = self._headroom_of(codes)
         self.scale = scale.detach().contiguous()
         self.zero_point = None if zero_point is None else zero_point.contiguous()
+
+    def _factored(self, x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor | None]:
+        """x, and what the op multiplies to its channels; the parts of a batch that have factors of
+        their own are multiplied here."""
+        parts = self.in_scales
+        if parts is None or len(x) % len(parts):  # the op refuses such a batch
+            return x, self.in_scale
+        factors = parts.repeat_interleave(len(x) // len(parts), 0)  # [B, inputs]
+        between = [1] * (x.dim() - 2)
+        shape = (len(x), -1, *between) if per_sample else (len(x), *between, -1)
+        return (x * factors.view(shape)).to(x.dtype), None
 
     def _headroom_of(self, codes: Tensor) -> int:
         if self.spec.asymmetric or codes.is_meta:
@@ -216,7 +241,9 @@ class QuantModule(nn.Module):
     ) -> None:
         # Torch copies tensors before it hands out the extra state: look first.
         mine = {k: state_dict.get(prefix + k) for k in (*INTEGERS, "_extra_state")}
-        check_state(prefix, self.spec, mine)
+        check_state(prefix, self.spec, self.inputs, mine)
+        if mine["in_scale"] is not None and self.in_scale is None:
+            self.in_scale = torch.ones(self.inputs, device=self.scale.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -83,10 +83,11 @@ def check_scale(where: str, name: str, scale: Tensor) -> None:
         )
 
 
-def check_state(prefix: str, spec: Spec, state: Mapping[str, Any]) -> None:
+def check_state(prefix: str, spec: Spec, inputs: int, state: Mapping[str, Any]) -> None:
     """Raise ValueError if a state dict has this layer in another layout or with a bad scale.
 
     Args:
+        inputs: channels of the input.
         state: by name in the module, what the state dict has for it; None is left to torch.
     """
     where, extra, packed = "load_state_dict", state["_extra_state"], state["qweight"]
@@ -104,6 +105,7 @@ def check_state(prefix: str, spec: Spec, state: Mapping[str, Any]) -> None:
         ("qweight", torch.uint8),
         ("scale", torch.float32),
         ("zero_point", torch.int8),
+        ("in_scale", torch.float32),
     ):
         tensor = state[name]
         if tensor is not None and tensor.dtype != dtype:
@@ -111,5 +113,12 @@ def check_state(prefix: str, spec: Spec, state: Mapping[str, Any]) -> None:
                 f"{where}: {prefix}{name} must be {dtype}, got {tensor.dtype}; "
                 "it is the state of another kind of layer"
             )
-    if state["scale"] is not None:
-        check_scale(where, f"{prefix}scale", state["scale"])
+    in_scale = state["in_scale"]
+    if in_scale is not None and tuple(in_scale.shape) != (inputs,):
+        raise ValueError(
+            f"{where}: {prefix}in_scale must be [{inputs}], got shape {list(in_scale.shape)}; "
+            "it is the state of another layer"
+        )
+    for name in ("scale", "in_scale"):
+        if state[name] is not None:
+            check_scale(where, f"{prefix}{name}", state[name])

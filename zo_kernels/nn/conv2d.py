@@ -69,6 +69,10 @@ class QuantConv2d(QuantModule):
         self.dilation = _pair(dilation)
         self.groups = groups
 
+    @property
+    def inputs(self) -> int:
+        return self.in_channels
+
     @classmethod
     def _empty(
         cls, source: nn.Conv2d, device: torch.device | str, dtype: torch.dtype, spec: Spec
@@ -113,6 +117,7 @@ class QuantConv2d(QuantModule):
     ) -> Tensor:
         """What stands behind `x` is for callers that know this module: int8 activations with their
         scale [B], what is added to the output, and its dtype; see `zo_kernels.ops.qconv2d`."""
+        x, in_scale = self._factored(x, per_sample=True)
         return qconv2d(
             x,
             self.qweight,
@@ -127,6 +132,7 @@ class QuantConv2d(QuantModule):
             bits=self.spec.bits,
             act_bits=self.spec.act_bits,
             x_scale=x_scale,
+            in_scale=in_scale,
             residual=residual,
             out_dtype=out_dtype,
             **self.perturbation,

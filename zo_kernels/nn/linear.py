@@ -44,6 +44,10 @@ class QuantLinear(QuantModule):
         self.in_features = in_features
         self.out_features = out_features
 
+    @property
+    def inputs(self) -> int:
+        return self.in_features
+
     @classmethod
     def _empty(
         cls, source: nn.Linear, device: torch.device | str, dtype: torch.dtype, spec: Spec
@@ -61,6 +65,7 @@ class QuantLinear(QuantModule):
     ) -> Tensor:
         """What stands behind `x` is for callers that know this module: int8 activations with their
         scale [...], what is added to the output, and its dtype; see `zo_kernels.ops.qlinear`."""
+        x, in_scale = self._factored(x, per_sample=False)
         return qlinear(
             x,
             self.qweight,
@@ -70,6 +75,7 @@ class QuantLinear(QuantModule):
             bits=self.spec.bits,
             act_bits=self.spec.act_bits,
             x_scale=x_scale,
+            in_scale=in_scale,
             residual=residual,
             out_dtype=out_dtype,
             **self.perturbation,

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from zo_kernels import rng
 from zo_kernels.nn._base import QuantModule
+from zo_kernels.nn._choose import chosen
+from zo_kernels.ops import add_noise_
 
 WHATS = ("scale", "scale_relative", "weight", "codes")
 _HELP = {8: "quantize with QuantConfig(headroom=...)", 4: "round to symmetric 4 bits"}
@@ -27,6 +28,12 @@ def streams_of(model: nn.Module) -> dict[str, int]:
     return {name: stream for stream, name in enumerate(names)}
 
 
+def input_stream(stream: int) -> int:
+    """The noise stream of the `in_scale` of a module whose weight has `stream`: the other half of
+    the 32-bit numbers."""
+    return stream ^ 1 << 31
+
+
 @contextmanager
 def perturbed(
     model: nn.Module,
@@ -36,6 +43,7 @@ def perturbed(
     coeffs: Sequence[float] | Tensor,
     what: str = "scale",
     kind: str = "rademacher",
+    inputs: bool = False,
     names: Sequence[str] = ("*",),
     streams: Mapping[str, int] | None = None,
 ) -> Iterator[dict[str, int]]:
@@ -60,6 +68,8 @@ def perturbed(
             a code, R random signs. "codes": the same in whole steps, c an integer within the
             headroom of every module (a step is 1 code with 8 bits, 1/16 with 4).
         kind: of the noise on scales, "rademacher" or "normal"; weights and codes take signs.
+        inputs: perturb every `in_scale` as well, in the way that `what` says of scales; the factors
+            of the parts are multiplied before the op. Its stream is `input_stream` of the module's.
         names: patterns (`fnmatch`) on the modules' names in `model`; the others stay as they are.
         streams: name -> noise stream, for every module chosen; default `streams_of(model)`. Give
             two models that run together different streams.
@@ -68,19 +78,23 @@ def perturbed(
         name -> stream of the modules that are perturbed.
 
     Raises:
-        ValueError: an argument is out of range, a pattern matches no quantized module, or the codes
-            of one have no room.
+        ValueError: an argument is out of range, a pattern matches no quantized module, the codes of
+            one have no room, or inputs is set where there is no `in_scale`.
         RuntimeError: a module is perturbed already.
     """
     factors = torch.as_tensor(coeffs, dtype=torch.float32, device="cpu").detach().clone()
     _check(seed, draws, factors, what, kind)
-    chosen = _chosen(model, names)
+    modules = chosen(model, names, "perturbed")
     streams = streams_of(model) if streams is None else streams
-    used = {name: _stream(streams, name) for name in chosen}
-    for name, module in chosen.items():
+    used = {name: _stream(streams, name) for name in modules}
+    for name, module in modules.items():
         _check_module(name, module, what, factors)
+    if inputs:
+        some = what.startswith("scale") and any(m.in_scale is not None for m in modules.values())
+        advice = "perturb scales, and give the modules an in_scale by trainable_scales"
+        _must(some, "inputs", "False unless scales of modules with in_scale are", True, advice)
     try:
-        for name, module in chosen.items():
+        for name, module in modules.items():
             module.perturbation = {
                 "perturb": what,
                 "kind": kind if what.startswith("scale") else "rademacher",
@@ -90,10 +104,12 @@ def perturbed(
                 "coeffs": factors,
                 "headroom": module.headroom if what == "codes" else 0,
             }
+            if inputs and module.in_scale is not None:
+                module.in_scales = _in_scales(module.in_scale, module.perturbation)
         yield used
     finally:
-        for module in chosen.values():
-            module.perturbation = {}
+        for module in modules.values():
+            module.perturbation, module.in_scales = {}, None
 
 
 def _check(seed: int, draws: Sequence[int], factors: Tensor, what: str, kind: str) -> None:
@@ -114,21 +130,16 @@ def _check(seed: int, draws: Sequence[int], factors: Tensor, what: str, kind: st
     _must(whole, "coeffs", "integers for codes", values, 'count steps, or use what="weight"')
 
 
-def _chosen(model: nn.Module, names: Sequence[str]) -> dict[str, QuantModule]:
-    if isinstance(names, str):
-        raise TypeError(
-            f"perturbed: names must be a sequence of patterns, got the string {names!r}"
-        )
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, QuantModule)}
-    for pattern in names:
-        _must(
-            any(fnmatchcase(name, pattern) for name in modules),
-            "names",
-            "patterns that match a quantized module",
-            f"{pattern!r}, which matches none of {len(modules)}",
-            "compare it with model.named_modules(), and quantize the model first",
-        )
-    return {n: m for n, m in modules.items() if any(fnmatchcase(n, p) for p in names)}
+@torch.no_grad()
+def _in_scales(in_scale: Tensor, how: Mapping[str, Any]) -> Tensor:
+    """[P, inputs]: the factors of each part of a batch, in the bits of a perturbed scale."""
+    relative = how["perturb"] == "scale_relative"
+    start = torch.ones_like(in_scale) if relative else in_scale.detach()
+    rows = start.repeat(len(how["draws"]), 1)
+    stream, seed, kind = input_stream(how["stream"]), how["seed"], how["kind"]
+    for row, draw, c in zip(rows, how["draws"], how["coeffs"].tolist(), strict=True):
+        add_noise_([row], [stream], seed, [draw], [c], kind=kind)
+    return rows.mul_(in_scale) if relative else rows
 
 
 def _stream(streams: Mapping[str, int], name: str) -> int:

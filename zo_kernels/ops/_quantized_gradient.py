@@ -126,13 +126,14 @@ def _of_scale(call: Call, layer: Layer, d: Tensor, adjoint: Callable[[int], Adjo
     elif call.in_scale is not None:
         x = x.to(call.wide) * along_inputs(call.in_scale, layer)
     a, d = x.to(dtype), d.to(dtype)
-    parts = []
+    # Made first: small results between large temporaries would leave holes in the heap.
+    found = call.scale.new_empty((layer.n, call.scale_groups), dtype=call.wide)
     for block in _blocks(layer):
         seen = a[:, block.channels] if layer.per_sample else a
         weight = adjoint(block.groups).weight(seen, d[..., block.rows]).to(call.wide)
         weight = weight * codes(call, layer, call.wide, block.rows)
-        parts.append(weight.view(len(weight), call.scale_groups, -1).sum(2))
-    return torch.cat(parts).view(call.scale.shape)
+        found[block.rows] = weight.view(len(weight), call.scale_groups, -1).sum(2)
+    return found.view(call.scale.shape)
 
 
 def _of_inputs(call: Call, layer: Layer, d: Tensor, adjoint: Callable[[int], Adjoint]) -> Tensor:

@@ -30,6 +30,7 @@ class Integers:
         scale: makes fp32 [N] or [N, K / group].
         zero_point: makes int8 of the shape of scale; None where symmetric.
         dtype: that activations are expected in; None: that of the layer in the model.
+        in_scale: makes fp32 [inputs]; None where there is none.
     """
 
     spec: Spec
@@ -38,6 +39,7 @@ class Integers:
     scale: Callable[[], Tensor]
     zero_point: Callable[[], Tensor] | None = None
     dtype: torch.dtype | None = None
+    in_scale: Callable[[], Tensor] | None = None
 
 
 def check_fit(
@@ -62,6 +64,8 @@ def check_fit(
         if (misfit := integers.spec.misfit(shape)) is not None:
             raise refuse(f"{name} as {integers.spec}, where {misfit}")
         check_scale(where, f"{name}.scale", integers.scale())
+        if integers.in_scale is not None:
+            check_scale(where, f"{name}.in_scale", integers.in_scale())
     for name, module in modules.items():
         if name in layers:
             needed.pop(f"{name}.weight", None)
@@ -94,6 +98,12 @@ def weight_shape(modules: Mapping[str, nn.Module], name: str, refuse: Refuse) ->
     return tuple(layer.weight.shape)
 
 
+def inputs_of(layer: Any) -> int:
+    """Channels of the input of a linear or convolution layer, floating or quantized."""
+    size: int = layer.in_features if hasattr(layer, "in_features") else layer.in_channels
+    return size
+
+
 def fill_layers_(model: nn.Module, layers: Mapping[str, Integers]) -> None:
     """Put a quantized module in the place of each layer; it has the float bias of that layer."""
     for names in aliases(model).values():
@@ -106,6 +116,8 @@ def fill_layers_(model: nn.Module, layers: Mapping[str, Integers]) -> None:
         module = kind.like(layer, "meta", stored.dtype, stored.spec)
         zero_point = None if stored.zero_point is None else stored.zero_point().clone()
         module.set_codes(stored.codes(), stored.scale().clone(), zero_point)
+        if stored.in_scale is not None:
+            module.in_scale = stored.in_scale().clone()
         module.bias = layer.bias
         for alias in names:
             replace_module(model, alias, module)

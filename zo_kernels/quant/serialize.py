@@ -2,14 +2,14 @@
 """A quantized model in one safetensors file.
 
 Of each quantized layer the file holds `<layer>.codes` (logical codes, as `zo_kernels.quant.formats`
-lays them out), `<layer>.scale` and, where asymmetric, `<layer>.zero_point`; everything else as the
-model's `state_dict` has it. No layout of a kernel is stored: the file serves every version of it.
-The header's metadata has one entry, `zo_kernels`, a JSON object (one entry, because the order of
-several is not reproducible):
+lays them out), `<layer>.scale` and, where there is one, `<layer>.zero_point` and
+`<layer>.in_scale`; everything else as the model's `state_dict` has it. No layout of a kernel is
+stored: the file serves every version of it. The header's metadata has one entry, `zo_kernels`, a
+JSON object (one entry, because the order of several is not reproducible):
 
 | field | value |
 |---|---|
-| `version` | version of this layout, 2 |
+| `version` | version of this layout: 3 where a layer has an `in_scale`, else 2 |
 | `layers` | layer name -> [spec, dtype of the activations] |
 | `tied` | name of a tensor that shares the memory of another -> the name that is stored |
 | `config` | the fields of the `QuantConfig` that made the model; null if it was made by hand |
@@ -19,6 +19,8 @@ Version 1 is read too: it has w8 only, and `<layer>.qweight` for the codes.
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +36,7 @@ from zo_kernels.quant._fill import (
     entry_of,
     fill_layers_,
     fill_rest_,
+    inputs_of,
     integer_names,
     weight_shape,
 )
@@ -44,8 +47,8 @@ from zo_kernels.quant.formats import from_stored, stored_form, to_stored
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_VERSION = 2
-_CODES = {1: "qweight", 2: "codes"}  # version -> how the codes are called
+_PLAIN, _WITH_IN_SCALE = 2, 3
+_CODES = {1: "qweight", 2: "codes", 3: "codes"}  # version -> how the codes are called
 _KEY = "zo_kernels"
 _FIELDS = {"version", "layers", "tied", "config"}
 
@@ -77,8 +80,9 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     entries, tied = _entries(model, layers)
     config: QuantConfig | None = getattr(model, CONFIG_ATTRIBUTE, None)
+    has_in_scale = any(module.in_scale is not None for module in layers.values())
     header = {
-        "version": _VERSION,
+        "version": _WITH_IN_SCALE if has_in_scale else _PLAIN,
         "layers": {
             name: [str(module.spec), _dtype_name(module.weight.dtype)]
             for name, module in layers.items()
@@ -173,10 +177,12 @@ def _integer_entries(module: QuantModule) -> dict[str, Entry]:
     dtype, shape = stored_form(module.weight.shape, bits)
     entries = {
         "codes": Entry(dtype, shape, lambda: to_stored(module.codes(), bits)),
-        "scale": entry_of(module.scale),
+        "scale": entry_of(module.scale.detach()),
     }
     if module.zero_point is not None:
         entries["zero_point"] = entry_of(module.zero_point)
+    if module.in_scale is not None:
+        entries["in_scale"] = entry_of(module.in_scale.detach())
     return entries
 
 
@@ -217,25 +223,25 @@ def _take_layers(
         }
         if spec.asymmetric:
             wanted["zero_point"] = (torch.int8, scales)
-        made = []
+        in_scale = f"{name}.in_scale"
+        if header["tied"].get(in_scale, in_scale) in stored:
+            wanted["in_scale"] = (torch.float32, (inputs_of(modules[name]),))
+        made = {}
         for key, form in wanted.items():
             full = f"{name}.{key}"
             entry = stored.get(header["tied"].get(full, full))
             _check_form(full, entry, form, path)
             assert entry is not None
-            made.append(entry.make)
+            made[key] = entry.make
             rest.pop(full, None)
-        layers[name] = _integers(spec, shape, getattr(torch, dtype), *made)
+        codes = made.pop(_CODES[header["version"]])
+        logical = partial(_logical, codes, shape, spec.bits)
+        layers[name] = Integers(spec, shape, logical, dtype=getattr(torch, dtype), **made)
     return layers
 
 
-def _integers(
-    spec: Spec, shape: tuple[int, ...], dtype: torch.dtype, codes: Any, scale: Any, *zero: Any
-) -> Integers:
-    def logical() -> Tensor:
-        return from_stored(codes(), shape, spec.bits)
-
-    return Integers(spec, shape, logical, scale, zero[0] if zero else None, dtype)
+def _logical(codes: Callable[[], Tensor], shape: tuple[int, ...], bits: int) -> Tensor:
+    return from_stored(codes(), shape, bits)
 
 
 def _check_form(name: str, entry: Entry | None, form: tuple[Any, Any], path: Path) -> None:
