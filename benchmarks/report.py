@@ -5,8 +5,8 @@
 
 Every table stands under the command that printed it and the machine that it ran on. A file of rows
 is JSON with "command" and "machine" that benchmarks.<name>.report makes a text of; or that holds
-"tables", a list of {"title", "columns", "rows"}, rows being lists of text and numbers. A picture of
-the same name is shown below its tables.
+"tables", a list of {"title", "columns", "rows"}, rows being lists of text and numbers, below a
+"note" if there is one. A picture of the same name is shown below its tables.
 """
 
 import argparse
@@ -71,6 +71,8 @@ def _noise_engine(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _tables(content: dict[str, Any]) -> Iterator[str]:
+    if "note" in content:
+        yield content["note"] + "\n"
     for table in content["tables"]:
         columns = [str(column) for column in table["columns"]]
         lines = [f"**{table['title']}**", "", _line(columns), "|---" * len(columns) + "|"]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of `benchmarks.personalization` as tables and a grid of pictures for the report."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.personal_subjects import Subject
+from benchmarks.timing import machine
+from persona.files import write_image, write_json
+from persona.report import grid
+
+SHOWN = 8  # subjects in the grid of pictures
+
+HOW_TO_READ = (
+    "Two styles of a subject are trained on, pictures of the third are generated and scored "
+    "against the true one. Subject: cosine to the true picture of the held-out style; retrieval@1: "
+    "how often that picture is the nearest among all subjects' pictures of this style. Text and "
+    "style: cosine to the caption with the class word, and accuracy, over prompts with styles "
+    "and colours that training never showed. Alike: mean cosine of two pictures of one prompt "
+    "(lower is more diverse). Drift: 1 - cosine, and root-mean-square distance, of pictures of the "
+    "class word without the token, before and after, from the same noise. Forwards and backwards "
+    "count pictures through the UNet. Encoders: {encoders}."
+)
+COLUMNS = {  # figure -> what the table calls it
+    "fidelity": "subject",
+    "retrieval": "retrieval@1",
+    "trained_fidelity": "subject, trained styles",
+    "trained_retrieval": "retrieval@1, trained styles",
+    "text": "text",
+    "style": "style",
+    "alike": "alike",
+    "drift": "drift",
+    "drift_pixels": "drift, pixels",
+    "forwards": "forwards",
+    "backwards": "backwards",
+    "cpu_seconds": "CPU seconds",
+    "bytes": "bytes",
+}
+COUNTS = ("forwards", "backwards", "cpu_seconds", "bytes")  # a mean says it all
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of the file; a line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> dict[str, Any]:
+    """Mean and spread of every figure, a line a method.
+
+    A figure is averaged over subjects for each seed; the spread is the standard deviation of these
+    averages over the seeds. Methods are also compared with the untrained class word on the same
+    subjects and seeds; that spread is the standard error over subjects, each averaged over seeds.
+    """
+    by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_method[row["method"]].append(row)
+    order = [name for name in titles if name in by_method]
+    lines = []
+    for name in order:
+        own = by_method[name]
+        subjects, seeds = {r["subject"] for r in own}, {r["seed"] for r in own}
+        cells = [_cell(own, figure) for figure in COLUMNS]
+        lines.append([titles[name], len(subjects), len(seeds), *cells])
+    return {
+        "title": "Mean over subjects, +- standard deviation over seeds",
+        "columns": ["method", "subjects", "seeds", *COLUMNS.values()],
+        "rows": lines,
+    }
+
+
+def gains(rows: Sequence[dict[str, Any]], titles: dict[str, str], to: str) -> dict[str, Any]:
+    """Each method against the method `to`, on the pairs of subject and seed that both have."""
+    figures = ("fidelity", "retrieval", "trained_fidelity", "text", "style")
+    base = {(r["subject"], r["seed"]): r for r in rows if r["method"] == to}
+    lines = []
+    for name, title in titles.items():
+        own = [r for r in rows if r["method"] == name and (r["subject"], r["seed"]) in base]
+        if name == to or not own:
+            continue
+        cells = []
+        for figure in figures:
+            differences = defaultdict(list)
+            for r in own:
+                if figure in r:
+                    other = base[r["subject"], r["seed"]][figure]
+                    differences[r["subject"]].append(r[figure] - other)
+            means = [statistics.mean(d) for d in differences.values()]
+            if not means:
+                cells.append("-")
+                continue
+            error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
+            cells.append(f"{statistics.mean(means):+.3f}" + (f" +- {error:.3f}" if error else ""))
+        lines.append([title, len(own), *cells])
+    return {
+        "title": f"Difference to {titles[to]} on the same subjects and seeds, +- standard error",
+        "columns": ["method", "pairs", *(COLUMNS[f] for f in figures)],
+        "rows": lines,
+    }
+
+
+def _cell(rows: Sequence[dict[str, Any]], figure: str) -> str:
+    by_seed = defaultdict(list)
+    for row in rows:
+        if figure in row:
+            by_seed[row["seed"]].append(row[figure])
+    if not by_seed:
+        return "-"
+    if figure in COUNTS:
+        return f"{statistics.mean(v for values in by_seed.values() for v in values):.0f}"
+    means = [statistics.mean(values) for values in by_seed.values()]
+    spread = f" +- {statistics.stdev(means):.3f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.3f}{spread}"
+
+
+def write(out: Path, titles: dict[str, str], encoders: dict[str, str]) -> None:
+    """The tables, as JSON beside the rows."""
+    rows = [row for row in read_rows(out) if row["method"] in titles]
+    if not rows:
+        return
+    tables = [summary(rows, titles)]
+    if any(row["method"] == "base" for row in rows):
+        tables.append(gains(rows, titles, "base"))
+    named = ", ".join(f"{name} ({kind}s)" for kind, name in encoders.items())
+    content = {
+        "title": "Personalization, method by method",
+        "command": "python -m benchmarks.personalization --subjects FILE.npz",
+        "machine": machine(),
+        "note": HOW_TO_READ.format(encoders=named),
+        "tables": tables,
+    }
+    write_json(out.with_suffix(".json"), content, "out")
+
+
+def write_grid(
+    out: Path, titles: dict[str, str], subjects: Sequence[Subject], pictures: Path, size: int = 64
+) -> None:
+    """The first held-out picture of every method: a line a method, a column a subject."""
+    rows = {(r["method"], r["subject"]): r["key"] for r in read_rows(out) if r["seed"] == 0}
+    shown = [s for s in subjects if any((name, s.name) in rows for name in titles)][:SHOWN]
+    lines = [("true", [s.pictures[s.held_out] for s in shown])]
+    for style in dict.fromkeys(style for s in shown for style in s.trained):
+        lines.append((f"trained:\n{style}", [s.pictures[style] for s in shown]))
+    blank = Image.new("RGB", (size, size), "white")
+    for name, title in titles.items():
+        paths = [pictures / f"{rows.get((name, s.name))}.png" for s in shown]
+        if any(path.exists() for path in paths):
+            images = [Image.open(p).convert("RGB") if p.exists() else blank for p in paths]
+            lines.append((title.replace(", ", ",\n"), images))
+    if shown:
+        write_image(out.with_suffix(".png"), grid(lines, cell=size), "out")
