@@ -108,7 +108,7 @@ def invert(options: dict[str, Any], job: Job) -> Learned:
     )
     result = textual_inversion(config, prompts=[], progress=False)
     family = StableDiffusion(load_pipeline(job.model))
-    family.pipe.load_textual_inversion(str(result.embedding.parent), token=TOKEN)
+    family.pipe.load_textual_inversion(str(result.saved.parent), token=TOKEN)
     spec = weight_spec(config)
     if spec is not None:
         family.quantize(QuantConfig(spec=spec))
@@ -117,7 +117,7 @@ def invert(options: dict[str, Any], job: Job) -> Learned:
         TOKEN,
         result.forwards * config.train_batch_size,
         0,
-        result.embedding.stat().st_size,
+        result.saved.stat().st_size,
     )
 
 

@@ -1,15 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``persona``: ``persona ti`` learns a token; errors are one line and exit code 2."""
+"""The command ``persona``: a subcommand a method; errors are one line and exit code 2."""
 
 import argparse
 import dataclasses
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from persona.config import TextualInversionConfig, add_flags, flags, from_flags
+from persona.config import RunConfig, TextualInversionConfig
 from persona.errors import UserError
+from persona.options import add_flags, flags, from_flags
+
+
+class Command(NamedTuple):
+    """A subcommand: its flags are the fields of ``config``, the class ``method`` runs it."""
+
+    config: type[RunConfig]
+    method: str  # module:class, imported after the flags: --help and typos answer at once
+    help: str
+
+
+COMMANDS = {
+    command.config.command: command
+    for command in (
+        Command(
+            TextualInversionConfig,
+            "persona.methods.textual_inversion:TextualInversion",
+            "learn a new word from a few pictures, by forward passes only (ZOODiP)",
+        ),
+    )
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,21 +44,24 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     parser = _Parser(prog="persona", description="Personalize a diffusion model.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    ti = commands.add_parser(
-        "ti",
-        help="learn a new word from a few pictures, by forward passes only (ZOODiP)",
-        allow_abbrev=False,  # what starts like one of the options is a typo as well
-    )
-    add_flags(ti, TextualInversionConfig)
+    parsers = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        # What starts like one of the options is a typo as well.
+        add_flags(parsers.add_parser(name, help=command.help, allow_abbrev=False), command.config)
     args, unknown = parser.parse_known_args(argv)
+    command = COMMANDS[args.command]
     if unknown:
-        ti.error(_unknown(unknown[0]))
-    # Heavy imports come after the flags, so that --help and typos answer at once.
-    from persona.train import textual_inversion
+        parsers.choices[args.command].error(_unknown(unknown[0], command.config))
+    return _run(command, args)
 
+
+def _run(command: Command, args: argparse.Namespace) -> int:
+    from persona.train import train
+
+    module, _, name = command.method.partition(":")
+    method = getattr(importlib.import_module(module), name)
     try:
-        result = textual_inversion(from_flags(args, TextualInversionConfig))
+        result = train(method, from_flags(args, command.config))
     except UserError as error:
         print(f"persona: {error}", file=sys.stderr)
         return 2
@@ -44,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = str(stop) or "stopped; a checkpoint that was written stays"
         print(f"persona: {told}", file=sys.stderr)
         return 130
-    print(f"{result.embedding}: {result.steps} steps, {result.forwards} forwards")
+    print(f"{result.saved}: {result.steps} steps, {result.forwards} forwards")
     if result.rejected:
         print(f"{result.rejected} steps changed nothing: their loss was not finite")
     return 0
 
 
-def _unknown(word: str) -> str:
-    known = [flag for item in dataclasses.fields(TextualInversionConfig) for flag in flags(item)]
+def _unknown(word: str, config: type[RunConfig]) -> str:
+    known = [flag for item in dataclasses.fields(config) for flag in flags(item)]
     near = difflib.get_close_matches(word.split("=")[0], known, 1)
     hint = f"; did you mean {near[0]}" if near else ""
     return f"{word}: must be an option of the command, got one it does not know{hint}"

@@ -76,13 +76,20 @@ class StableDiffusion:
         """Pixels a side that the UNet was trained on."""
         return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
 
-    def quantize(self, config: QuantConfig) -> dict[str, QuantReport]:
-        """Hold the weights of UNet, text encoder and VAE as integers; merge what lies between."""
+    def quantize(
+        self, config: QuantConfig, unet: QuantConfig | None = None
+    ) -> dict[str, QuantReport]:
+        """Hold the weights of UNet, text encoder and VAE as integers; merge what lies between.
+
+        Args:
+            unet: of the UNet, if not ``config``.
+        """
         reports = {}
         for part in ("unet", "text_encoder", "vae"):
             model = getattr(self.pipe, part)
             if model is not None:
-                reports[part] = quantize_(model, config)
+                chosen = unet if unet and part == "unet" else config
+                reports[part] = quantize_(model, chosen)
                 fuse_(model)
         return reports
 

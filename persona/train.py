@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole textual-inversion run: model in, files out."""
+"""A whole run of a method: model in, files out."""
 
 import dataclasses
 import math
@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 import zo_kernels
 from persona import checkpoint
-from persona.config import TextualInversionConfig
+from persona.base import load_base
+from persona.config import RunConfig, TextualInversionConfig
 from persona.data import Example, load_folder
 from persona.errors import UserError
-from persona.export import save_embedding
-from persona.families import StableDiffusion, load_pipeline
+from persona.families import StableDiffusion
 from persona.files import make_folder, write_image, write_json
 from persona.memory import human, peak_bytes
+from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
-from zo_kernels.quant import QuantConfig
 
 CHECKPOINT = "checkpoint.safetensors"
 SMOOTHING = 0.98  # of the loss shown in the progress bar
@@ -33,11 +33,12 @@ SMOOTHING = 0.98  # of the loss shown in the progress bar
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run. ``before`` and ``after`` are pictures of the same prompts and seeds."""
+    """A finished run. ``saved`` is what other programs load; ``before`` and ``after`` are pictures
+    of the same prompts and seeds."""
 
     examples: list[Example]
     output: Path
-    embedding: Path
+    saved: Path
     steps: int
     forwards: int
     rejected: int
@@ -54,21 +55,22 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped after step {step}; go on with --resume (state: {path})")
 
 
-def textual_inversion(
-    config: TextualInversionConfig,
+def train(
+    method_class: type[Method],
+    config: RunConfig,
     *,
     prompts: list[str] | None = None,
     progress: bool = True,
 ) -> Result:
-    """Learn ``config.placeholder_token`` from a folder of pictures, by forward passes only.
+    """Teach the model of ``config`` the subject of a folder of pictures.
 
-    Writes into ``config.output_dir``: ``learned_embeds.safetensors`` and its twin for other
-    programs, ``grid.png`` (pictures, before, after), ``metrics.jsonl``, ``config.json`` and a
-    checkpoint.
+    Writes into ``config.output_dir``: what the method saves, ``grid.png`` (pictures, before,
+    after), ``metrics.jsonl``, ``config.json`` and a checkpoint.
 
     Args:
-        config: options; see the class.
-        prompts: of the pictures before and after, ``{}`` standing for the token; default:
+        method_class: how.
+        config: options; of the class that the method takes.
+        prompts: of the pictures before and after, ``{}`` standing for the subject; default:
             ``config.validation_prompt``, ``config.num_validation_images`` times.
         progress: show a progress bar.
 
@@ -78,22 +80,23 @@ def textual_inversion(
     """
     for name in ("pretrained_model_name_or_path", "train_data_dir", "initializer_token"):
         if not getattr(config, name):
-            raise UserError(f"{name}: must be given, got nothing; see persona ti --help")
+            raise UserError(
+                f"{name}: must be given, got nothing; see persona {config.command} --help"
+            )
     make_folder(config.output)
-    saved = config.output / CHECKPOINT
-    state = checkpoint.load(saved, config.recipe()) if config.resume_from_checkpoint else None
+    checkpoint_file = config.output / CHECKPOINT
+    state = None
+    if config.resume_from_checkpoint:
+        state = checkpoint.load(checkpoint_file, config.recipe())
 
-    family = StableDiffusion(load_pipeline(config.pretrained_model_name_or_path))
-    _check_model(config, family)
-    if config.base_precision == "int8":
-        family.quantize(QuantConfig(spec="w8a8" if config.activation_precision == "int8" else "w8"))
+    family = load_base(config)
     examples = load_folder(
         Path(config.train_data_dir),
         resolution=config.resolution or family.resolution,
         learnable_property=config.learnable_property,
         center_crop=config.center_crop,
     )
-    method = TextualInversion(family, config, examples)
+    method = method_class(family, config, examples)
     shown = _validation_prompts(config, prompts)
     before = _pictures(family, config, shown)
     if state:
@@ -104,12 +107,10 @@ def textual_inversion(
         del vae
     write_json(config.output / "config.json", dataclasses.asdict(config) | _versions())
     started = time.monotonic()
-    _train(method, config, saved, progress)
+    _train(method, config, checkpoint_file, progress)
     seconds = time.monotonic() - started
 
-    embedding, _ = save_embedding(
-        config.output, config.placeholder_token, method.theta, _metadata(config, method)
-    )
+    saved = method.save(config.output)
     after = []
     if shown:
         family.pipe.vae = vae
@@ -119,9 +120,9 @@ def textual_inversion(
     return Result(
         examples=examples,
         output=config.output,
-        embedding=embedding,
+        saved=saved,
         steps=method.steps,
-        forwards=method.steps * method.estimator.evaluations,
+        forwards=method.forwards,
         rejected=method.rejected,
         seconds=seconds,
         peak_bytes=peak_bytes(family.device),
@@ -130,9 +131,20 @@ def textual_inversion(
     )
 
 
-def _train(
-    method: TextualInversion, config: TextualInversionConfig, saved: Path, progress: bool
-) -> None:
+def textual_inversion(
+    config: TextualInversionConfig,
+    *,
+    prompts: list[str] | None = None,
+    progress: bool = True,
+) -> Result:
+    """`train`: learn ``config.placeholder_token`` by forward passes only (ZOODiP).
+
+    ``Result.saved`` is ``learned_embeds.safetensors``; its twin for other programs lies beside it.
+    """
+    return train(TextualInversion, config, prompts=prompts, progress=progress)
+
+
+def _train(method: Method, config: RunConfig, saved: Path, progress: bool) -> None:
     metrics = MetricsLog(config.output / "metrics.jsonl", keep_below=method.steps + 1)
 
     def save() -> None:
@@ -155,6 +167,7 @@ def _train(
                 forwards=step.forwards,
                 rejected=step.rejected,
                 peak_bytes=memory,
+                **step.more,
             )
             bar.set_postfix(
                 loss=f"{smooth:.4f}", lr=config.learning_rate, mem=human(memory), refresh=False
@@ -189,31 +202,14 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _check_model(config: TextualInversionConfig, family: StableDiffusion) -> None:
-    factor = family.pipe.vae_scale_factor
-    if config.resolution % factor:
-        raise UserError(
-            f"resolution: must be a multiple of the model's {factor} pixels, got "
-            f"{config.resolution}; 0 takes the model's own {family.resolution}"
-        )
-    limit = len(family.abar)
-    if config.max_timestep > limit:
-        raise UserError(
-            f"max_timestep: must be at most the model's {limit} timesteps, got "
-            f"{config.max_timestep}; lower it"
-        )
-
-
-def _validation_prompts(config: TextualInversionConfig, prompts: list[str] | None) -> list[str]:
+def _validation_prompts(config: RunConfig, prompts: list[str] | None) -> list[str]:
     if prompts is None:
         prompts = [config.validation_prompt or "a photo of a {}"] * config.num_validation_images
     # The pipeline itself writes a token of several vectors out.
-    return [p.replace("{}", config.placeholder_token) for p in prompts]
+    return [p.replace("{}", config.subject) for p in prompts]
 
 
-def _pictures(
-    family: StableDiffusion, config: TextualInversionConfig, prompts: list[str]
-) -> list[Image.Image]:
+def _pictures(family: StableDiffusion, config: RunConfig, prompts: list[str]) -> list[Image.Image]:
     if not prompts:
         return []
     return family.sample(
@@ -226,18 +222,3 @@ def _pictures(
 
 def _versions() -> dict[str, str]:
     return {"zo_kernels": zo_kernels.__version__, "torch": torch.__version__}
-
-
-def _metadata(config: TextualInversionConfig, method: TextualInversion) -> dict[str, str]:
-    return {
-        "ss_sd_model_name": Path(config.pretrained_model_name_or_path).name,
-        "ss_seed": str(config.seed),
-        "ss_steps": str(method.steps),
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_num_train_images": str(len(method.ids)),
-        "persona.method": "zoodip",
-        "persona.base_precision": config.base_precision,
-        "persona.rejected": str(method.rejected),
-        "persona.forwards": str(method.steps * method.estimator.evaluations),
-        "persona.version": zo_kernels.__version__,
-    }

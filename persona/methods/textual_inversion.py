@@ -11,33 +11,25 @@ kept: no gradient, no activation, no second copy of a weight.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from persona.batches import Batch, Batches
 from persona.config import TextualInversionConfig
-from persona.data import Example, to_pixels
+from persona.data import Example
+from persona.export import save_embedding
 from persona.families import StableDiffusion
+from persona.methods import _method
+from persona.methods._method import Method, Step
 from persona.subspace import SubspaceGradient
-from persona.timesteps import Window
 from persona.tokens import TokenHook, add_placeholder, expand, initial_rows
 from zo_kernels.estimators import Estimator
 from zo_kernels.optim import adam_update_
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one step reports: finished steps, loss of its first evaluation (one_sided: at the token
-    itself), forwards so far, and how many steps were rejected so far."""
-
-    step: int
-    loss: float
-    forwards: int
-    rejected: int
-
-
-class TextualInversion:
+class TextualInversion(Method):
     """The token and everything that its training keeps.
 
     Args:
@@ -75,25 +67,13 @@ class TextualInversion:
             mode=config.zo_subspace,
             seed=config.seed,
         )
-        self.window = Window(config.min_timestep, config.max_timestep)
         self._copies_per_forward = config.evaluations_per_forward or self.estimator.evaluations
-        self._cache(examples)
+        word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
+        self.batches = Batches(family, examples, config, word)
 
-    @torch.inference_mode()
-    def _cache(self, examples: list[Example]) -> None:
-        """Latents of every picture (and its mirror image), token ids of every prompt."""
-        pixels = to_pixels([e.image for e in examples])
-        views = [pixels, pixels.flip(-1)] if self.config.random_flip else [pixels]
-        encoded = [self.family.encode_images(view) for view in views]
-        # [views, pictures, C, h, w]
-        self.means = torch.stack([mean for mean, _ in encoded]).clone()
-        self.stds = torch.stack([std for _, std in encoded]).clone()
-        word = expand(
-            self.config.placeholder_token, self.config.placeholder_token, self.config.num_vectors
-        )
-        self.ids = [
-            self.family.tokenize([p.replace("{}", word) for p in e.prompts]) for e in examples
-        ]
+    @property
+    def forwards(self) -> int:
+        return self.steps * self.estimator.evaluations
 
     def run(self) -> Iterator[Step]:
         """Train up to ``config.max_train_steps``; yields after every step, with the state whole."""
@@ -104,15 +84,14 @@ class TextualInversion:
     def step(self) -> Step:
         """One update of the token; a loss that is not finite is counted and leaves it as it was."""
         draw = self.steps * self.config.zo_n
-        batch = self._draw_batch()
-        losses = self._losses(self.estimator.probes(self.theta, draw=draw), *batch)
+        batch = self.batches.draw(self.generator)
+        losses = self._losses(self.estimator.probes(self.theta, draw=draw), batch)
         self.steps += 1
         if not torch.isfinite(losses).all():
             self.rejected += 1
         else:
             self._update(losses, draw)
-        forwards = self.steps * self.estimator.evaluations
-        return Step(self.steps, losses[0].item(), forwards, self.rejected)
+        return Step(self.steps, losses[0].item(), self.forwards, self.rejected)
 
     def _update(self, losses: Tensor, draw: int) -> None:
         config = self.config
@@ -135,45 +114,25 @@ class TextualInversion:
         )
         self.subspace.observe(self.theta)
 
-    def _draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noised latents [B, C, h, w], their targets, timesteps [B], token ids [B, T]."""
-        g, count = self.generator, self.config.train_batch_size
-        picture = torch.randint(len(self.ids), (count,), generator=g)
-        view = torch.randint(len(self.means), (count,), generator=g)
-        mean, std = self.means[view, picture], self.stds[view, picture]
-        x0 = mean + std * torch.randn(mean.shape, generator=g)
-        noise = torch.randn(mean.shape, generator=g)
-        t = self.window.sample(count, g)
-        ids = [
-            prompts[int(torch.randint(len(prompts), (), generator=g))]
-            for prompts in (self.ids[i] for i in picture.tolist())
-        ]
-        x_t, target = self.family.noised(x0, noise, t), self.family.target(x0, noise, t)
-        return x_t, target, t, torch.stack(ids)
-
-    def _losses(
-        self, copies: Tensor, x_t: Tensor, target: Tensor, t: Tensor, ids: Tensor
-    ) -> Tensor:
+    def _losses(self, copies: Tensor, batch: Batch) -> Tensor:
         """Loss of every copy [Q, R, d] on the same batch: fp32 [Q]."""
         while True:
             try:
                 groups = copies.split(self._copies_per_forward)
-                return torch.cat([self._group_losses(g, x_t, target, t, ids) for g in groups])
+                return torch.cat([self._group_losses(group, batch) for group in groups])
             except torch.OutOfMemoryError:
                 if self._copies_per_forward == 1:
                     raise
                 self._copies_per_forward = (self._copies_per_forward + 1) // 2
 
-    def _group_losses(
-        self, copies: Tensor, x_t: Tensor, target: Tensor, t: Tensor, ids: Tensor
-    ) -> Tensor:
+    def _group_losses(self, copies: Tensor, batch: Batch) -> Tensor:
         device, count = self.family.device, len(copies)
         with self.hook.copies(copies.to(device)):
-            hidden = self.family.encode_tokens(ids.repeat(count, 1))
+            hidden = self.family.encode_tokens(batch.ids.repeat(count, 1))
         predicted = self.family.predict(
-            x_t.to(device).repeat(count, 1, 1, 1), t.to(device).repeat(count), hidden
+            batch.x_t.to(device).repeat(count, 1, 1, 1), batch.t.to(device).repeat(count), hidden
         )
-        error = (predicted - target.to(device).repeat(count, 1, 1, 1)).square()
+        error = (predicted - batch.target.to(device).repeat(count, 1, 1, 1)).square()
         return error.reshape(count, -1).mean(1).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -197,3 +156,11 @@ class TextualInversion:
         self.subspace.load_state_dict(
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         )
+
+    def save(self, folder: Path) -> Path:
+        """The token as ``learned_embeds.safetensors``, and its twin for other programs."""
+        path, _ = save_embedding(folder, self.config.placeholder_token, self.theta, self.metadata())
+        return path
+
+    def metadata(self) -> dict[str, str]:
+        return _method.metadata(self, self.config, "zoodip", len(self.batches))

@@ -108,5 +108,5 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
 
     assert main(command("--resume")) == 0
     straight = textual_inversion(options(output_dir=str(tmp_path / "straight")), progress=False)
-    expected = load_file(straight.embedding)
+    expected = load_file(straight.saved)
     assert expected["<sks>"].equal(load_file(trained / TOKEN)["<sks>"])

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen model of a run, as its options say: loaded, checked, quantized."""
+
+from persona.config import RunConfig
+from persona.errors import UserError
+from persona.families import StableDiffusion, load_pipeline
+from zo_kernels.quant import QuantConfig
+
+GROUP = 64  # inputs that share a scale of 4-bit weights
+
+
+def load_base(config: RunConfig) -> StableDiffusion:
+    """The model that ``config`` names, its weights held as it says.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not allow the resolution or the timesteps.
+    """
+    family = StableDiffusion(load_pipeline(config.pretrained_model_name_or_path))
+    check_model(config, family)
+    quantize(config, family)
+    return family
+
+
+def check_model(config: RunConfig, family: StableDiffusion) -> None:
+    check_resolution("resolution", config.resolution, family)
+    limit = len(family.abar)
+    if config.max_timestep > limit:
+        raise UserError(
+            f"max_timestep: must be at most the model's {limit} timesteps, got "
+            f"{config.max_timestep}; lower it"
+        )
+
+
+def check_resolution(name: str, value: int, family: StableDiffusion) -> None:
+    factor = family.pipe.vae_scale_factor
+    if value % factor:
+        raise UserError(
+            f"{name}: must be a multiple of the model's {factor} pixels, got {value}; 0 takes the "
+            f"model's own {family.resolution}"
+        )
+
+
+def quantize(config: RunConfig, family: StableDiffusion) -> None:
+    """Hold weights as ``base_precision`` and ``activation_precision`` say.
+
+    int4 is for the UNet alone, as in ZOODiP's 4-bit variant: groups of 64 inputs share a scale;
+    layers that these do not fit, the text encoder and the VAE have 8 bits.
+    """
+    if config.base_precision == "as-loaded":
+        return
+    activations = "a8" if config.activation_precision == "int8" else ""
+    eight = QuantConfig(f"w8{activations}")
+    if config.base_precision == "int8":
+        family.quantize(eight)
+    else:
+        four = QuantConfig(f"w4{activations}-g{GROUP}", fallback=eight.spec)
+        family.quantize(eight, unet=four)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step sees: latents encoded once, and a draw of pictures, noise and timesteps."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from persona.config import RunConfig
+from persona.data import Example, to_pixels
+from persona.families import StableDiffusion
+from persona.timesteps import Window
+
+
+class Batch(NamedTuple):
+    """Noised latents [B, C, h, w], what the UNet should predict of them, timesteps [B], token ids
+    [B, T]."""
+
+    x_t: Tensor
+    target: Tensor
+    t: Tensor
+    ids: Tensor
+
+
+class Batches:
+    """Every picture's latents (and its mirror image's) and every prompt's token ids.
+
+    Args:
+        family: its VAE is used here and may leave afterwards.
+        examples: the pictures with their prompts.
+        config: train_batch_size, random_flip and the window of timesteps.
+        words: what stands for ``{}`` in the prompts.
+        resolutions: pixels a side that `draw` can be asked for; default: the pictures' own.
+    """
+
+    def __init__(
+        self,
+        family: StableDiffusion,
+        examples: Sequence[Example],
+        config: RunConfig,
+        words: str,
+        resolutions: Sequence[int] = (),
+    ) -> None:
+        self.family, self.config = family, config
+        self.window = Window(config.min_timestep, config.max_timestep)
+        images = [e.image for e in examples]
+        self.own = images[0].width
+        # Pixels a side -> mean and standard deviation, [views, pictures, C, h, w] each.
+        self.latents = {side: self._encode(images, side) for side in resolutions or (self.own,)}
+        self.ids = [family.tokenize([p.replace("{}", words) for p in e.prompts]) for e in examples]
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+        return len(self.ids)
+
+    @torch.no_grad()
+    def _encode(self, images: list[Image.Image], side: int) -> tuple[Tensor, Tensor]:
+        size = (side, side)
+        pixels = to_pixels(
+            [i if i.size == size else i.resize(size, Image.Resampling.BICUBIC) for i in images]
+        )
+        views = [pixels, pixels.flip(-1)] if self.config.random_flip else [pixels]
+        encoded = [self.family.encode_images(view) for view in views]
+        return torch.stack([mean for mean, _ in encoded]), torch.stack([std for _, std in encoded])
+
+    def draw(
+        self,
+        generator: torch.Generator,
+        t: Tensor | None = None,
+        *,
+        resolution: int | None = None,
+    ) -> Batch:
+        """The next batch of ``generator``'s stream.
+
+        Args:
+            t: timesteps [B]; default: drawn from the window. The stream is then shorter by that.
+            resolution: one of those that are cached; default: the pictures' own.
+        """
+        means, stds = self.latents[resolution or self.own]
+        count = self.config.train_batch_size if t is None else len(t)
+        picture = torch.randint(len(self.ids), (count,), generator=generator)
+        view = torch.randint(len(means), (count,), generator=generator)
+        mean, std = means[view, picture], stds[view, picture]
+        x0 = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator)
+        if t is None:
+            t = self.window.sample(count, generator)
+        ids = [
+            prompts[int(torch.randint(len(prompts), (), generator=generator))]
+            for prompts in (self.ids[i] for i in picture.tolist())
+        ]
+        x_t, target = self.family.noised(x0, noise, t), self.family.target(x0, noise, t)
+        return Batch(x_t, target, t, torch.stack(ids))
+
+
+def losses(family: StableDiffusion, batch: Batch) -> Tensor:
+    """Squared error of every member, mean over its elements: fp32 [B], with the UNet's graph where
+    gradients are enabled. The text encoder is frozen."""
+    device = family.device
+    with torch.no_grad():
+        hidden = family.encode_tokens(batch.ids.to(device))
+    predicted = family.predict(batch.x_t.to(device), batch.t.to(device), hidden)
+    return (predicted - batch.target.to(device)).square().flatten(1).mean(1)
