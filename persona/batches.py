@@ -95,11 +95,12 @@ class Batches:
         return Batch(x_t, target, t, torch.stack(ids))
 
 
-def losses(family: StableDiffusion, batch: Batch) -> Tensor:
-    """Squared error of every member, mean over its elements: fp32 [B], with the UNet's graph where
-    gradients are enabled. The text encoder is frozen."""
+def losses(family: StableDiffusion, batch: Batch, copies: int = 1) -> Tensor:
+    """Squared error of every member, mean over its elements: fp32 [copies * B], with the UNet's
+    graph where gradients are enabled. The text encoder is frozen, and encodes one copy."""
     device = family.device
     with torch.no_grad():
-        hidden = family.encode_tokens(batch.ids.to(device))
-    predicted = family.predict(batch.x_t.to(device), batch.t.to(device), hidden)
-    return (predicted - batch.target.to(device)).square().flatten(1).mean(1)
+        hidden = family.encode_tokens(batch.ids.to(device)).repeat(copies, 1, 1)
+    x_t, target = (x.to(device).repeat(copies, 1, 1, 1) for x in (batch.x_t, batch.target))
+    predicted = family.predict(x_t, batch.t.to(device).repeat(copies), hidden)
+    return (predicted - target).square().flatten(1).mean(1)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from persona.config import RunConfig, TextualInversionConfig
+from persona.config_scales import ScaleTuningConfig
 from persona.errors import UserError
 from persona.options import add_flags, flags, from_flags
 
@@ -29,6 +30,11 @@ COMMANDS = {
             TextualInversionConfig,
             "persona.methods.textual_inversion:TextualInversion",
             "learn a new word from a few pictures, by forward passes only (ZOODiP)",
+        ),
+        Command(
+            ScaleTuningConfig,
+            "persona.methods.scale_tuning:ScaleTuning",
+            "train the scales of the integer weights (PEQA, S1, S2, TuneQDM)",
         ),
     )
 }

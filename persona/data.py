@@ -13,7 +13,11 @@ from persona.errors import UserError
 from persona.prompts import OBJECT_TEMPLATES, STYLE_TEMPLATES
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
+TEMPLATES = {
+    "photo": ("a photo of {}",),
+    "object": OBJECT_TEMPLATES,
+    "style": STYLE_TEMPLATES,
+}
 
 
 @dataclass(frozen=True)

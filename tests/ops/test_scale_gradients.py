@@ -68,10 +68,8 @@ def assert_gradients(op, exact, weight, x, channels, more, act_bits, dtype=torch
 @pytest.mark.parametrize(("bits", "groups", "zero"), WEIGHTS)
 def test_linear(bits, groups, zero, act_bits, shape):
     weight = Weight((70, 24), bits, groups, zero)
-    for activation in ("none", "gelu"):
-        more = {"activation": activation}
-        x = randn(*shape)
-        assert_gradients(qlinear, lambda a, w: a @ w.T, weight, x, 24, more, act_bits)
+    more = {"activation": "gelu" if bits == 4 else "none"}
+    assert_gradients(qlinear, lambda a, w: a @ w.T, weight, randn(*shape), 24, more, act_bits)
 
 
 @pytest.mark.parametrize("act_bits", [16, 8])
