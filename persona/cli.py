@@ -53,12 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
         # What starts like one of the options is a typo as well.
-        add_flags(parsers.add_parser(name, help=command.help, allow_abbrev=False), command.config)
+        one = parsers.add_parser(name, help=command.help, allow_abbrev=False)
+        add_flags(one, command.config)
+        if command.config.presets:
+            presets = sorted(command.config.presets)
+            one.add_argument("--preset", choices=presets, help="a recipe that other flags change")
+            one.set_defaults(**command.config.presets.get(_preset(argv), {}))
     args, unknown = parser.parse_known_args(argv)
     command = COMMANDS[args.command]
     if unknown:
         parsers.choices[args.command].error(_unknown(unknown[0], command.config))
     return _run(command, args)
+
+
+def _preset(argv: Sequence[str] | None) -> str:
+    """The preset that is asked for: it must be known before the other flags have defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default="")
+    try:
+        return parser.parse_known_args(argv)[0].preset
+    except argparse.ArgumentError:  # without a value: the whole parser tells
+        return ""
 
 
 def _run(command: Command, args: argparse.Namespace) -> int:

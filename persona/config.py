@@ -4,7 +4,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from persona.errors import UserError
 from persona.options import check, option
@@ -17,12 +17,14 @@ class RunConfig:
 
     Attributes:
         command: its subcommand of ``persona``.
+        presets: names of whole recipes, and what each has other than the defaults.
 
     Raises:
         UserError: a value is out of range.
     """
 
     command: ClassVar[str]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     pretrained_model_name_or_path: str = option("", "model folder in diffusers' format, or hub id")
     train_data_dir: str = option("", "folder with the subject's pictures")
@@ -84,6 +86,20 @@ class RunConfig:
                 "example 'a photo of {} on a sofa'"
             )
 
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> Self:
+        """The recipe called ``name``, with ``options`` in place of its own.
+
+        Raises:
+            UserError: there is none of this name, or a value is out of range.
+        """
+        if name not in cls.presets:
+            raise UserError(
+                f"preset: must be one of {', '.join(cls.presets)}, got {name!r}; see persona "
+                f"{cls.command} --help"
+            )
+        return cls(**cls.presets[name] | options)
+
     @property
     def output(self) -> Path:
         return Path(self.output_dir)
@@ -101,13 +117,29 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TextualInversionConfig(RunConfig):
-    """ZOODiP textual inversion (arXiv 2503.14868); defaults are the paper's.
+    """Textual inversion, by forward passes (ZOODiP, arXiv 2503.14868) or by backpropagation.
+
+    Presets: "paper" and "released-code" are ZOODiP's, which differ; the paper names no epsilon for
+    Adam, so "paper" has Adam's own. "backprop" is Gal et al. 2022 (arXiv 2208.01618) as ZOODiP's
+    paper runs it for comparison, with AdamW's weight decay as in diffusers' script.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or two options exclude each other.
     """
 
     command: ClassVar[str] = "ti"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {"adam_epsilon": 1e-8},
+        "released-code": {"learning_rate": 1e-2, "zo_normalizer": "released-code"},
+        "backprop": {
+            "optimizer": "bp",
+            "max_train_steps": 5000,
+            "adam_epsilon": 1e-8,
+            "adam_weight_decay": 1e-2,
+            "min_timestep": 0,
+            "max_timestep": 1000,
+        },
+    }
 
     placeholder_token: str = option("<sks>", "the new word", "token_string")
     initializer_token: str = option("", "one-token word for the class, e.g. dog", "init_word")
@@ -117,25 +149,46 @@ class TextualInversionConfig(RunConfig):
     max_train_steps: int = option(
         30_000, "steps; a step costs n + 1 forwards (two_sided: 2n)", at_least=1, may_change=True
     )
-    learning_rate: float = option(5e-3, "of ZOAdam, in units of the embedding", positive=True)
+    optimizer: str = option(
+        "zo", "forward passes only, or backpropagation into the new rows", choices=("zo", "bp")
+    )
+    learning_rate: float = option(5e-3, "of Adam, in units of the embedding", positive=True)
+    learning_rate_schedule: str = option(
+        "constant", "cosine: falls to 0 at max_train_steps", choices=("constant", "cosine")
+    )
+    average: float = option(
+        0.0,
+        "decay a step of a running mean of the token, which is the result; 0: the last token",
+        at_least=0,
+        below=1,
+    )
     zo_n: int = option(2, "random directions a step", "n", at_least=1)
     zo_eps: float = option(1e-3, "probe radius mu, in units of the embedding", "mu", positive=True)
     zo_estimator: str = option(
-        "one_sided", "how losses become a gradient", choices=("one_sided", "two_sided")
+        "one_sided", "how losses become a gradient", choices=("one_sided", "two_sided", "one_point")
     )
+    zo_space: str = option(
+        "full",
+        "where directions lie: vocabulary, as words differ; subspace and random are its controls",
+        choices=("full", "vocabulary", "subspace", "random"),
+    )
+    zo_rank: int = option(0, "dimensions of zo_space; 0: all", at_least=0)
     zo_tau: int = option(128, "steps between two subspaces", "tau", at_least=2)
     zo_nu: float = option(1e-3, "share of variance projected out", "nu", at_least=0, below=1)
     zo_subspace: str = option(
-        "subspace", "Subspace Gradient, or a control", choices=("subspace", "random", "off")
+        "subspace",
+        "Subspace Gradient, or a control: of a buffer that is not standardized, random, none",
+        choices=("subspace", "centred", "random", "off"),
     )
     zo_normalizer: str = option(
         "paper",
         "released-code divides the estimate by sqrt((d + n - 1) / n)",
         choices=("paper", "released-code"),
     )
-    adam_beta1: float = option(0.9, "of ZOAdam", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "of ZOAdam", at_least=0, below=1)
+    adam_beta1: float = option(0.9, "of Adam", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "of Adam", at_least=0, below=1)
     adam_epsilon: float = option(1e-3, "added outside the root, in loss / embedding", positive=True)
+    adam_weight_decay: float = option(0.0, "of AdamW; a share of the learning rate", at_least=0)
     min_timestep: int = option(500, "T_L of the partial uniform window (PUTS)")
     max_timestep: int = option(900, "T_U, exclusive")
     activation_precision: str = option(
@@ -151,3 +204,9 @@ class TextualInversionConfig(RunConfig):
     def subject(self) -> str:
         """The new word alone: it takes the place of the class."""
         return self.placeholder_token
+
+    def recipe(self) -> dict[str, Any]:
+        shared = super().recipe()
+        if self.learning_rate_schedule != "constant":  # it ends where the run was to end
+            shared["max_train_steps"] = self.max_train_steps
+        return shared

@@ -14,7 +14,7 @@ gradient.
 import torch
 from torch import Tensor
 
-MODES = ("subspace", "random", "off")
+MODES = ("subspace", "centred", "random", "off")
 
 
 class SubspaceGradient:
@@ -24,8 +24,10 @@ class SubspaceGradient:
         dim: R * d.
         tau: steps between two updates of P; the buffer holds as many tokens.
         nu: share of the variance that P may hold, in [0, 1).
-        mode: "subspace"; "random" projects out as many random directions (the control that tells
-            whether the choice of directions matters); "off" returns the gradient.
+        mode: "subspace"; "centred" takes the principal directions of the buffer without
+            standardizing it, in the gradient's own coordinates; "random" projects out as many
+            random directions (the control that tells whether the choice of directions matters);
+            "off" returns the gradient.
         seed: of the random control.
 
     Raises:
@@ -64,11 +66,12 @@ class SubspaceGradient:
             self.updates += 1
 
     def _new_basis(self) -> Tensor:
-        centred = self.buffer.double() - self.buffer.double().mean(0)
-        spread = centred.std(0, correction=0)
-        # A dimension that did not move at all has no variance to explain.
-        standardized = centred / torch.where(spread > 0, spread, torch.ones_like(spread))
-        _, sigma, vt = torch.linalg.svd(standardized, full_matrices=False)
+        moved = self.buffer.double() - self.buffer.double().mean(0)
+        if self.mode != "centred":
+            spread = moved.std(0, correction=0)
+            # A dimension that did not move at all has no variance to explain.
+            moved = moved / torch.where(spread > 0, spread, torch.ones_like(spread))
+        _, sigma, vt = torch.linalg.svd(moved, full_matrices=False)
         explained = torch.cumsum(sigma.square(), 0) / sigma.square().sum().clamp_min(1e-300)
         kept = int((explained <= 1 - self.nu).sum()) + 1  # i*
         removed = vt[kept:]

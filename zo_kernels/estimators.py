@@ -7,12 +7,16 @@ With directions z_1 .. z_n (zero mean, unit variance, independent elements) the 
 
 and an estimator is the rule that turns losses L(.) into the coefficients c_j:
 
-    two_sided   c_j = (L(theta + eps z_j) - L(theta - eps z_j)) / (2 eps n)    2n losses
-    one_sided   c_j = (L(theta + eps z_j) - L(theta)) / (eps n)                n + 1 losses
+    two_sided   c_j = (L(theta + eps z_j) - L(theta - eps z_j)) / (2 eps n)      2n losses
+    one_sided   c_j = (L(theta + eps z_j) - L(theta)) / (eps n)                  n + 1 losses
+    one_point   c_j = (L(theta + eps z_j) - L(theta + eps z_{j+1})) / (eps n)    n + 1 losses
 
 Two-sided: Spall 1992; MeZO (arXiv 2305.17333), Definition 1. One-sided: ZOODiP (arXiv 2503.14868),
-equation 3. Losses are always ordered as `schedule` lists their evaluations, whether they come one
-by one (an optimizer's closure) or as one tensor (all perturbed copies in one batched forward).
+equation 3. One-point, which `Estimator` alone has: equation S12 there, with the sign that makes it
+an estimate of the gradient (our reading: as printed it is one of the negative gradient); n + 1
+directions, of which the last is only compared with. Losses are always ordered as `schedule` lists
+their evaluations, whether they come one by one (an optimizer's closure) or as one tensor (all
+perturbed copies in one batched forward).
 
 Two ways in. A set of parameters too large to copy is perturbed in place by `zo_kernels.optim`. For
 a small tensor, such as the embedding of a token, `Estimator` makes the copies and the estimate:
@@ -27,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,7 +39,8 @@ from torch import Tensor
 from zo_kernels.ops import add_noise_
 from zo_kernels.rng import KINDS
 
-ESTIMATORS = ("two_sided", "one_sided")
+ESTIMATORS = ("two_sided", "one_sided")  # of the optimizers
+ALL = (*ESTIMATORS, "one_point")  # of `Estimator`
 
 
 def schedule(estimator: str, n: int) -> list[tuple[int, float]]:
@@ -42,13 +48,16 @@ def schedule(estimator: str, n: int) -> list[tuple[int, float]]:
 
     `two_sided`, 2n of them: +z_0, -z_0, +z_1, -z_1, ...
     `one_sided`, n + 1: theta itself (sign 0), +z_0, +z_1, ...
+    `one_point`, n + 1: +z_0, +z_1, ... +z_n
 
     Raises:
         ValueError: unknown estimator, or n < 1.
     """
-    check_directions("schedule", n=n, estimator=estimator)
+    check_directions("schedule", n=n, estimator=estimator, known=ALL)
     if estimator == "two_sided":
         return [(j, sign) for j in range(n) for sign in (1.0, -1.0)]
+    if estimator == "one_point":
+        return [(j, 1.0) for j in range(n + 1)]
     return [(0, 0.0)] + [(j, 1.0) for j in range(n)]
 
 
@@ -93,10 +102,35 @@ def one_sided(losses: Tensor | Sequence[float], eps: float) -> list[float]:
     return [(loss - base) / (eps * len(perturbed)) for loss in perturbed]
 
 
+def one_point(losses: Tensor | Sequence[float], eps: float) -> list[float]:
+    """Coefficients c_j = (L(theta + eps z_j) - L(theta + eps z_{j+1})) / (eps n), in fp64.
+
+    The direction that each is compared with adds to the variance and nothing to the mean.
+
+    Args:
+        losses: [n + 1], ordered +z_0, +z_1, ...; a tensor is read back once.
+        eps: radius of the probes, in units of theta; the coefficients are in loss / theta.
+
+    Raises:
+        ValueError: fewer than two losses.
+    """
+    values = _floats(losses)
+    if len(values) < 2:
+        raise ValueError(
+            f"one_point: losses must be n + 1 >= 2 values, got {len(values)}; "
+            "evaluate every direction and one more"
+        )
+    n = len(values) - 1
+    return [(loss - other) / (eps * n) for loss, other in pairwise(values)]
+
+
+_RULES = {"two_sided": two_sided, "one_sided": one_sided, "one_point": one_point}
+
+
 def coefficients(losses: Tensor | Sequence[float], *, estimator: str, eps: float) -> list[float]:
-    """The rule named `estimator` (`two_sided` or `one_sided`) applied to `losses`."""
-    check_directions("coefficients", estimator=estimator)
-    return two_sided(losses, eps) if estimator == "two_sided" else one_sided(losses, eps)
+    """The rule named `estimator` applied to `losses`."""
+    check_directions("coefficients", estimator=estimator, known=ALL)
+    return _RULES[estimator](losses, eps)
 
 
 def spsa_norm(dim: int, n: int) -> float:
@@ -113,13 +147,13 @@ class Estimator:
     """n directions around a small tensor: its perturbed copies, and the estimate from their losses.
 
     Nothing is kept between the two calls. `draw` names the directions: direction j of a call is
-    draw + j, so step k passes draw = n k. `stream` names the tensor: those probed together,
-    such as the tokens of two text encoders, each take a stream of their own.
+    draw + j, so step k passes draw = directions k. `stream` names the tensor: those probed
+    together, such as the tokens of two text encoders, each take a stream of their own.
 
     Args:
         n: number of directions.
         eps: radius of the probes, in units of theta.
-        estimator: `two_sided` (2n losses) or `one_sided` (n + 1 losses).
+        estimator: `two_sided` (2n losses), `one_sided` or `one_point` (n + 1 losses).
         kind: distribution of the directions, `normal` or `rademacher`.
         seed: key of the noise, a signed 64-bit integer; the same for the whole run.
 
@@ -135,7 +169,12 @@ class Estimator:
 
     def __post_init__(self) -> None:
         check_directions(
-            "Estimator", n=self.n, estimator=self.estimator, kind=self.kind, seed=self.seed
+            "Estimator",
+            n=self.n,
+            estimator=self.estimator,
+            kind=self.kind,
+            seed=self.seed,
+            known=ALL,
         )
         check(0 < self.eps < math.inf, "Estimator", "eps", "finite and > 0", self.eps, "use 1e-3")
 
@@ -143,6 +182,11 @@ class Estimator:
     def evaluations(self) -> int:
         """Q, the number of forward passes of a step: 2n or n + 1."""
         return len(schedule(self.estimator, self.n))
+
+    @property
+    def directions(self) -> int:
+        """How many directions a step draws: n, of one_point n + 1."""
+        return self.n + (self.estimator == "one_point")
 
     def probes(self, theta: Tensor, *, draw: int, stream: int = 0) -> Tensor:
         """Perturbed copies of theta, [Q, *theta.shape] in its dtype, ordered as `schedule` says.
@@ -206,12 +250,17 @@ def check(ok: bool, owner: str, name: str, requirement: str, value: object, advi
 
 
 def check_directions(
-    owner: str, *, n: int = 1, estimator: str = "two_sided", kind: str = "normal", seed: int = 0
+    owner: str,
+    *,
+    n: int = 1,
+    estimator: str = "two_sided",
+    kind: str = "normal",
+    seed: int = 0,
+    known: tuple[str, ...] = ESTIMATORS,
 ) -> None:
     """Checks what Estimator and the optimizers have in common; `owner` opens the message."""
     check(_is_int(n) and n >= 1, owner, "n", "an integer >= 1", n, "n counts directions")
-    known = estimator in ESTIMATORS
-    check(known, owner, "estimator", f"one of {ESTIMATORS}", estimator, "choose one of them")
+    check(estimator in known, owner, "estimator", f"one of {known}", estimator, "choose one")
     check(kind in KINDS, owner, "kind", f"one of {KINDS}", kind, "choose one of them")
     fits = _is_int(seed) and -(2**63) <= seed < 2**63
     check(fits, owner, "seed", "a signed 64-bit integer", seed, "keep one for the whole run")

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZOODiP: learn one token embedding by forward passes only.
+"""ZOODiP: learn one token embedding by forward passes only; or by backpropagation, to compare.
 
 Seo, Jeong, Lee and Chun, CVPR 2025, arXiv 2503.14868.
 
 Algorithm 1. A step draws pictures, noise and timesteps once, evaluates the loss at the token and at
 its perturbed copies, all in one batched forward where memory allows, projects the estimate
 (Subspace Gradient), and lets Adam move the fp32 master row. Nothing but the row, its moments and
-the buffer is
-kept: no gradient, no activation, no second copy of a weight.
+the buffer is kept: no gradient, no activation, no second copy of a weight.
+
+By backpropagation (Gal et al. 2022, arXiv 2208.01618) the gradient is that of one forward, whose
+activations are kept for it. Only the new rows learn, so that nothing has to be restored.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +22,12 @@ from torch import Tensor
 from persona.batches import Batch, Batches
 from persona.config import TextualInversionConfig
 from persona.data import Example
+from persona.errors import UserError
 from persona.export import save_embedding
 from persona.families import StableDiffusion
 from persona.methods import _method
 from persona.methods._method import Method, Step
+from persona.space import Space
 from persona.subspace import SubspaceGradient
 from persona.tokens import TokenHook, add_placeholder, expand, initial_rows
 from zo_kernels.estimators import Estimator
@@ -51,9 +56,20 @@ class TextualInversion(Method):
         self.theta = initial_rows(
             tokenizer, embedding.weight, config.initializer_token, config.num_vectors
         )
+        width = self.theta.shape[1]
+        if config.zo_rank > width:
+            raise UserError(
+                f"zo_rank: must be at most the embedding's {width} dimensions, got "
+                f"{config.zo_rank}; 0 takes all"
+            )
         ids = add_placeholder(tokenizer, config.placeholder_token, config.num_vectors)
         self.hook = TokenHook(embedding, ids, self.theta)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        self.space = Space(
+            self.theta, embedding.weight, config.zo_space, config.zo_rank, config.seed
+        )
+        self.u = self.space.coordinates()  # [R, k]: what probes and Adam move
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.u), torch.zeros_like(self.u)
+        self.mean = torch.zeros_like(self.u)  # of the iterates
         self.steps = 0
         self.rejected = 0  # steps whose loss was not finite
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -61,10 +77,10 @@ class TextualInversion(Method):
             n=config.zo_n, eps=config.zo_eps, estimator=config.zo_estimator, seed=config.seed
         )
         self.subspace = SubspaceGradient(
-            self.theta.numel(),
+            self.u.numel(),
             tau=config.zo_tau,
             nu=config.zo_nu,
-            mode=config.zo_subspace,
+            mode=config.zo_subspace if config.optimizer == "zo" else "off",
             seed=config.seed,
         )
         self._copies_per_forward = config.evaluations_per_forward or self.estimator.evaluations
@@ -73,46 +89,79 @@ class TextualInversion(Method):
 
     @property
     def forwards(self) -> int:
-        return self.steps * self.estimator.evaluations
+        return self.steps * (self.estimator.evaluations if self.config.optimizer == "zo" else 1)
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes so far, each of one batch of pictures."""
+        return self.steps if self.config.optimizer == "bp" else 0
 
     def run(self) -> Iterator[Step]:
         """Train up to ``config.max_train_steps``; yields after every step, with the state whole."""
         while self.steps < self.config.max_train_steps:
             yield self.step()
 
-    @torch.inference_mode()
     def step(self) -> Step:
         """One update of the token; a loss that is not finite is counted and leaves it as it was."""
-        draw = self.steps * self.config.zo_n
         batch = self.batches.draw(self.generator)
-        losses = self._losses(self.estimator.probes(self.theta, draw=draw), batch)
+        estimate = self._estimate if self.config.optimizer == "zo" else self._backpropagate
+        loss, gradient = estimate(batch)
         self.steps += 1
-        if not torch.isfinite(losses).all():
+        if gradient is None:
             self.rejected += 1
         else:
-            self._update(losses, draw)
-        return Step(self.steps, losses[0].item(), self.forwards, self.rejected)
+            with torch.inference_mode():
+                self._update(gradient)
+        return Step(self.steps, loss, self.forwards, self.rejected)
 
-    def _update(self, losses: Tensor, draw: int) -> None:
-        config = self.config
-        free = self.theta.numel() - len(self.subspace.basis)
+    @torch.inference_mode()
+    def _estimate(self, batch: Batch) -> tuple[float, Tensor | None]:
+        """The first loss, and the gradient in coordinates; None where a loss is not finite."""
+        draw = self.steps * self.estimator.directions
+        copies = self.space.rows(self.estimator.probes(self.u, draw=draw))
+        losses = self._losses(copies, batch)
+        if not torch.isfinite(losses).all():
+            return losses[0].item(), None
+        free = self.u.numel() - len(self.subspace.basis)
+        released = self.config.zo_normalizer == "released-code"
         gradient = self.estimator.gradient(
-            losses.double(),
-            like=self.theta,
-            draw=draw,
-            norm_dim=free if config.zo_normalizer == "released-code" else None,
+            losses.double(), like=self.u, draw=draw, norm_dim=free if released else None
         )
+        return losses[0].item(), self.subspace.project(gradient)
+
+    @torch.enable_grad()
+    def _backpropagate(self, batch: Batch) -> tuple[float, Tensor | None]:
+        u = self.u.clone().requires_grad_()
+        loss = self._group_losses(self.space.rows(u)[None], batch).squeeze(0)
+        (gradient,) = torch.autograd.grad(loss, u)
+        finite = torch.isfinite(gradient).all() and torch.isfinite(loss)
+        return loss.item(), gradient if finite else None
+
+    def _update(self, gradient: Tensor) -> None:
+        config, taken = self.config, self.steps - self.rejected
         adam_update_(
-            self.theta,
-            self.subspace.project(gradient),
+            self.u,
+            gradient,
             self.exp_avg,
             self.exp_avg_sq,
-            self.steps - self.rejected,
-            lr=config.learning_rate,
+            taken,
+            lr=config.learning_rate * self._schedule(),
             betas=(config.adam_beta1, config.adam_beta2),
             adam_eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
         )
-        self.subspace.observe(self.theta)
+        result = self.u
+        if config.average:
+            self.mean.lerp_(self.u, 1 - config.average)
+            result = self.mean / (1 - config.average**taken)  # it started at zero
+        self.theta.copy_(self.space.rows(result))
+        self.subspace.observe(self.u)
+
+    def _schedule(self) -> float:
+        """What the learning rate of this step is multiplied with."""
+        if self.config.learning_rate_schedule == "constant":
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * (self.steps - 1) / self.config.max_train_steps)
 
     def _losses(self, copies: Tensor, batch: Batch) -> Tensor:
         """Loss of every copy [Q, R, d] on the same batch: fp32 [Q]."""
@@ -126,9 +175,13 @@ class TextualInversion(Method):
                 self._copies_per_forward = (self._copies_per_forward + 1) // 2
 
     def _group_losses(self, copies: Tensor, batch: Batch) -> Tensor:
+        """Where copies take part in autograd, so do the losses."""
         device, count = self.family.device, len(copies)
+        # Pictures share prompts: each is encoded once for every copy.
+        ids, which = batch.ids.unique(dim=0, return_inverse=True)
         with self.hook.copies(copies.to(device)):
-            hidden = self.family.encode_tokens(batch.ids.repeat(count, 1))
+            encoded = self.family.encode_tokens(ids.repeat(count, 1))
+        hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
         predicted = self.family.predict(
             batch.x_t.to(device).repeat(count, 1, 1, 1), batch.t.to(device).repeat(count), hidden
         )
@@ -139,6 +192,8 @@ class TextualInversion(Method):
         """All that a bit-identical resume needs: a few vectors."""
         return {
             "theta": self.theta,
+            "u": self.u,
+            "mean": self.mean,
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
             "counts": torch.tensor([self.steps, self.rejected]),
@@ -147,7 +202,8 @@ class TextualInversion(Method):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.theta.copy_(state["theta"])
+        for name in ("theta", "u", "mean"):
+            getattr(self, name).copy_(state[name])
         self.exp_avg.copy_(state["exp_avg"])
         self.exp_avg_sq.copy_(state["exp_avg_sq"])
         self.steps, self.rejected = state["counts"].tolist()
@@ -163,4 +219,5 @@ class TextualInversion(Method):
         return path
 
     def metadata(self) -> dict[str, str]:
-        return _method.metadata(self, self.config, "zoodip", len(self.batches))
+        name = "zoodip" if self.config.optimizer == "zo" else "textual-inversion"
+        return _method.metadata(self, self.config, name, len(self.batches))

@@ -7,18 +7,22 @@ import pytest
 import torch
 
 from zo_kernels.estimators import (
+    ALL,
     ESTIMATORS,
     KINDS,
     Estimator,
     coefficients,
+    one_point,
     one_sided,
     schedule,
     spsa_norm,
     two_sided,
 )
+from zo_kernels.optim import ZOSGD
 from zo_kernels.rng import noise
 
 BOTH = pytest.mark.parametrize("estimator", ESTIMATORS)
+EVERY = pytest.mark.parametrize("estimator", ALL)
 ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -35,6 +39,7 @@ def quadratic_gradient(theta):
 def test_schedule_lists_every_evaluation_in_order():
     assert schedule("two_sided", 2) == [(0, 1.0), (0, -1.0), (1, 1.0), (1, -1.0)]
     assert schedule("one_sided", 2) == [(0, 0.0), (0, 1.0), (1, 1.0)]
+    assert schedule("one_point", 2) == [(0, 1.0), (1, 1.0), (2, 1.0)]
 
 
 def test_coefficients_are_the_papers_equations():
@@ -42,9 +47,11 @@ def test_coefficients_are_the_papers_equations():
     assert two_sided([5.0, 1.0, 2.0, 3.0], eps=0.5) == [4.0 / 1 / 2, -1.0 / 1 / 2]
     # RGE: (L(theta + mu e) - L(theta)) / mu, mean over n
     assert one_sided([1.0, 5.0, 2.0], eps=0.5) == [8.0 / 2, 2.0 / 2]
+    # one-point: (L(theta + mu e_i) - L(theta + mu e_{i+1})) / mu, mean over n
+    assert one_point([1.0, 5.0, 2.0], eps=0.5) == [-8.0 / 2, 6.0 / 2]
 
 
-@BOTH
+@EVERY
 def test_a_batch_of_losses_and_a_list_give_the_same_coefficients(estimator):
     losses = [0.25 * i * i for i in range(1, 5 if estimator == "two_sided" else 4)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -52,7 +59,7 @@ def test_a_batch_of_losses_and_a_list_give_the_same_coefficients(estimator):
         assert batch == coefficients(losses, estimator=estimator, eps=0.5)
 
 
-@BOTH
+@EVERY
 @ALL_KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probes_are_theta_plus_its_own_noise(estimator, kind, dtype):
@@ -80,17 +87,15 @@ def test_gradient_is_made_of_the_directions_that_were_probed(estimator, kind):
     torch.testing.assert_close(estimate, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-@BOTH
+@EVERY
 @ALL_KINDS
 def test_mean_of_many_estimates_is_the_gradient(estimator, kind):
-    d, count = 8, 400
+    d, count = 8, 800 if estimator == "one_point" else 400  # whose variance is twice the others'
     theta = torch.linspace(-1, 1, d)
     est = Estimator(n=1, eps=0.05, estimator=estimator, kind=kind, seed=11)
+    draws = range(0, count * est.directions, est.directions)
     estimates = torch.stack(
-        [
-            est.gradient(quadratic(est.probes(theta, draw=k)), like=theta, draw=k)
-            for k in range(count)
-        ]
+        [est.gradient(quadratic(est.probes(theta, draw=k)), like=theta, draw=k) for k in draws]
     ).double()
     error = estimates.mean(0) - quadratic_gradient(theta)
     bound = 3.4 * estimates.std(0) / math.sqrt(count)  # 99 % for all 8 coordinates at once
@@ -162,10 +167,19 @@ def test_errors_name_argument_bound_and_value(arguments, message):
     assert message in str(error.value)
 
 
+def test_one_point_is_not_for_the_optimizers():
+    assert Estimator(n=3, estimator="one_point").directions == 4
+    assert Estimator(n=3, estimator="two_sided").directions == 3
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        ZOSGD([torch.zeros(2, requires_grad=True)], lr=1e-3, estimator="one_point")
+
+
 def test_wrong_numbers_of_losses_are_refused():
     with pytest.raises(ValueError, match="two_sided: losses must be 2n values, got 3"):
         two_sided([1.0, 2.0, 3.0], eps=1.0)
     with pytest.raises(ValueError, match="one_sided: losses must be n \\+ 1 >= 2 values, got 1"):
         one_sided([1.0], eps=1.0)
+    with pytest.raises(ValueError, match="one_point: losses must be n \\+ 1 >= 2 values, got 1"):
+        one_point([1.0], eps=1.0)
     with pytest.raises(ValueError, match=r"Estimator.gradient: losses must be 2 values, got 3"):
         Estimator().gradient([1.0, 2.0, 3.0], like=torch.zeros(2), draw=0)
