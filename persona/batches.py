@@ -58,12 +58,15 @@ class Batches:
     @torch.no_grad()
     def _encode(self, images: list[Image.Image], side: int) -> tuple[Tensor, Tensor]:
         size = (side, side)
-        pixels = to_pixels(
-            [i if i.size == size else i.resize(size, Image.Resampling.BICUBIC) for i in images]
-        )
-        views = [pixels, pixels.flip(-1)] if self.config.random_flip else [pixels]
-        encoded = [self.family.encode_images(view) for view in views]
-        return torch.stack([mean for mean, _ in encoded]), torch.stack([std for _, std in encoded])
+        rows = []
+        for image in images:  # one at a time: the VAE's memory is for one
+            fitted = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+            pixels = to_pixels([fitted])
+            views = [pixels, pixels.flip(-1)] if self.config.random_flip else [pixels]
+            rows.append([torch.cat(self.family.encode_images(view)) for view in views])
+        both = torch.stack([torch.stack(row) for row in rows], 1)  # [views, pictures, 2, C, h, w]
+        mean, std = both.unbind(2)
+        return mean.contiguous(), std.contiguous()
 
     def draw(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from persona.config import RunConfig, TextualInversionConfig
+from persona.config_dreambooth import DreamBoothConfig
 from persona.config_scales import ScaleTuningConfig
 from persona.errors import UserError
 from persona.options import add_flags, flags, from_flags
@@ -35,6 +36,11 @@ COMMANDS = {
             ScaleTuningConfig,
             "persona.methods.scale_tuning:ScaleTuning",
             "train the scales of the integer weights (PEQA, S1, S2, TuneQDM)",
+        ),
+        Command(
+            DreamBoothConfig,
+            "persona.methods.dreambooth:DreamBooth",
+            "bind a rare word to the subject by backpropagation: QLoRA, LoRA or the whole UNet",
         ),
     )
 }

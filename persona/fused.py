@@ -48,7 +48,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """A `ResnetBlock2D` of integer convolutions, without the passes between them."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() or (self.training and self.dropout.p > 0):
+        if (
+            torch.is_grad_enabled()
+            or (self.training and self.dropout.p > 0)
+            or not _are_integer(self.conv1, self.conv2)  # wrapped since, as by an adapter
+        ):
             return super().forward(input_tensor, temb, *args, **kwargs)
         hidden = _norm_conv(self.norm1, self.conv1, input_tensor)
         shift = None
@@ -69,8 +73,12 @@ def _can_fuse(block: Any) -> bool:
         and (block.time_emb_proj is None or not block.skip_time_act)
         and block.output_scale_factor == 1
         and all(type(norm) is nn.GroupNorm for norm in (block.norm1, block.norm2))
-        and all(isinstance(conv, QuantConv2d) for conv in (block.conv1, block.conv2))
+        and _are_integer(block.conv1, block.conv2)
     )
+
+
+def _are_integer(*layers: nn.Module) -> bool:
+    return all(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in layers)
 
 
 def _norm_conv(
@@ -135,12 +143,14 @@ def _is_plain(attn: Any) -> bool:
         and attn.norm_k is None
         and not attn.residual_connection
         and attn.rescale_output_factor == 1
-        and all(isinstance(layer, QuantLinear) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        and _are_integer(attn.to_q, attn.to_k, attn.to_v)
     )
 
 
-def _project(layers: tuple[QuantLinear, ...], x: Tensor) -> list[Tensor]:
-    if any(layer.spec.act_bits != 8 or layer.in_scale is not None for layer in layers):
+def _project(layers: tuple[Any, ...], x: Tensor) -> list[Tensor]:
+    if not _are_integer(*layers) or any(
+        layer.spec.act_bits != 8 or layer.in_scale is not None for layer in layers
+    ):
         return [layer(x) for layer in layers]
     codes, scale = quantize_rows(x)
     return [layer(codes, x_scale=scale, out_dtype=x.dtype) for layer in layers]

@@ -151,18 +151,23 @@ def pictures_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def options(model_folder, pictures_folder, tmp_path):
-    """A function: changes -> options of a short run without pictures, into tmp_path / "out"."""
-    base = TextualInversionConfig(
-        pretrained_model_name_or_path=str(model_folder),
-        train_data_dir=str(pictures_folder),
-        output_dir=str(tmp_path / "out"),
-        initializer_token="toy",
-        max_train_steps=6,
-        zo_tau=4,
-        num_validation_images=0,
-        num_inference_steps=2,
-    )
+def short_run(model_folder, pictures_folder, tmp_path):
+    """Options that every method has: a few steps without pictures, into tmp_path / "out"."""
+    return {
+        "pretrained_model_name_or_path": str(model_folder),
+        "train_data_dir": str(pictures_folder),
+        "output_dir": str(tmp_path / "out"),
+        "initializer_token": "toy",
+        "max_train_steps": 6,
+        "num_validation_images": 0,
+        "num_inference_steps": 2,
+    }
+
+
+@pytest.fixture
+def options(short_run):
+    """A function: changes -> options of a short run of textual inversion."""
+    base = TextualInversionConfig(**short_run, zo_tau=4)
     return lambda **changes: dataclasses.replace(base, **changes)
 
 
