@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(zo_kernels, CPU, m) {
   m.impl("add_noise_", TORCH_BOX(&zo::cpu::add_noise_));
   m.impl("group_norm", TORCH_BOX(&zo::cpu::group_norm));
   m.impl("group_norm_quantize", TORCH_BOX(&zo::cpu::group_norm_quantize));
+  m.impl("qattention", TORCH_BOX(&zo::cpu::qattention));
   m.impl("qconv2d", TORCH_BOX(&zo::cpu::qconv2d));
   m.impl("qlinear", TORCH_BOX(&zo::cpu::qlinear));
   m.impl("quantize_rows", TORCH_BOX(&zo::cpu::quantize_rows));

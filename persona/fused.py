@@ -18,7 +18,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from zo_kernels.nn import QuantConv2d, QuantLinear
-from zo_kernels.ops import group_norm, group_norm_quantize, quantize_rows
+from zo_kernels.ops import group_norm, group_norm_quantize, qattention, quantize_rows
 
 
 def fuse_(model: nn.Module) -> int:
@@ -102,7 +102,8 @@ def _norm_conv(
 
 
 class FusedAttnProcessor(AttnProcessor2_0):
-    """Attention that quantizes what q, k and v share once, and divides by nothing."""
+    """Attention that quantizes what q, k and v share once, and divides by nothing; in fixed point
+    where its layers multiply int8."""
 
     def __call__(
         self,
@@ -125,12 +126,8 @@ class FusedAttnProcessor(AttnProcessor2_0):
                 attn.to_q(hidden_states),
                 *_project((attn.to_k, attn.to_v), encoder_hidden_states),
             ]
-        query, key, value = (
-            y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in projected
-        )  # [B, heads, T, d]
-        y = F.scaled_dot_product_attention(query, key, value)
         project_out, dropout = attn.to_out
-        return dropout(project_out(y.transpose(1, 2).flatten(2)))
+        return dropout(project_out(_attend(attn, *projected)))
 
 
 def _is_plain(attn: Any) -> bool:
@@ -145,6 +142,14 @@ def _is_plain(attn: Any) -> bool:
         and attn.rescale_output_factor == 1
         and _are_integer(attn.to_q, attn.to_k, attn.to_v)
     )
+
+
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Heads side by side: [B, M, heads * d], and [B, L, heads * d] twice, to [B, M, heads * d]."""
+    if _are_integer(attn.to_q) and attn.to_q.spec.act_bits == 8:
+        return qattention(query, key, value, attn.heads)
+    heads = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (query, key, value))
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 def _project(layers: tuple[Any, ...], x: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 // The kernels of the quantized ops for one instruction set, and the choice of the set.
 #pragma once
 
+#include "cpu/attention.h"
 #include "cpu/group_norm.h"
 #include "cpu/product.h"
 #include "cpu/quantize.h"
@@ -26,6 +27,9 @@ struct Kernels {
   // `largest` and `quantize` of y.
   uint32_t (*largest_normalized)(const Norm& n, int64_t begin, int64_t end);
   void (*quantize_normalized)(const Norm& n, int64_t begin, int64_t end, uint32_t largest, int8_t* codes);
+
+  // Queries [begin, end) of a head.
+  void (*attend)(const Attention& a, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;

@@ -3,13 +3,15 @@
 
 #include "cpu/product.inl"
 #include "cpu/group_norm.inl"
+#include "cpu/attention.inl"
 #include "cpu/kernels.h"
 
 namespace zo::cpu {
 namespace {
 
 constexpr Kernels kAll{multiply_here, largest_here,   quantize_here,           widen_here,
-                       moments_here,  normalize_here, largest_normalized_here, quantize_normalized_here};
+                       moments_here,  normalize_here, largest_normalized_here, quantize_normalized_here,
+                       attend_here};
 
 }  // namespace
 }  // namespace zo::cpu

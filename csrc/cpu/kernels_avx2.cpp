@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "cpu/v_avx2.h"
 
 namespace zo::cpu {
@@ -12,6 +14,7 @@ struct D {
     __builtin_memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
   }
+  static void keep(__m256i& x) { asm volatile("" : "+x"(x)); }
   static __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
   static __m256i multiply(__m256i a, __m256i b) { return _mm256_mullo_epi32(a, b); }
   static __m256i nearest(__m256 x) { return _mm256_cvtps_epi32(x); }
@@ -29,6 +32,13 @@ struct D {
     for (int32_t lane : lanes) sum += lane;
     return sum;
   }
+  static __m256 above(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+  static __m256i larger(__m256i a, __m256i b) { return _mm256_max_epu32(a, b); }
+  static uint32_t largest(__m256i x) {
+    alignas(32) uint32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), x);
+    return *std::max_element(lanes, lanes + 8);
+  }
   // Sums of four products of bytes. The 16-bit sums of two saturate where both factors reach 255.
   static __m256i dot(__m256i acc, __m256i unsigned_bytes, __m256i signed_bytes) {
     const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
@@ -45,6 +55,13 @@ struct D {
     }
     static __m256i dot(__m256i acc, const Wide& w, __m256i x) {
       return D::dot(acc, w.magnitude, _mm256_sign_epi8(x, w.q));
+    }
+  };
+  struct Pairs {
+    __m256i u;
+    static Pairs load(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+    static __m256i dot(__m256i acc, const Pairs& w, __m256i x) {
+      return _mm256_add_epi32(acc, _mm256_madd_epi16(w.u, x));
     }
   };
   struct Narrow {  // at most 15

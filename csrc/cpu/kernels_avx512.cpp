@@ -12,6 +12,7 @@ struct D {
     __builtin_memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
   }
+  static void keep(__m512i& x) { asm volatile("" : "+v"(x)); }
   static __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
   static __m512i multiply(__m512i a, __m512i b) { return _mm512_mullo_epi32(a, b); }
   static __m512i nearest(__m512 x) { return _mm512_cvtps_epi32(x); }
@@ -22,6 +23,9 @@ struct D {
     return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(low)), _mm512_set1_ps(high));
   }
   static int32_t total(__m512i x) { return _mm512_reduce_add_epi32(x); }
+  static __m512 above(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+  static __m512i larger(__m512i a, __m512i b) { return _mm512_max_epu32(a, b); }
+  static uint32_t largest(__m512i x) { return _mm512_reduce_max_epu32(x); }
 
   template <int kBias>
   struct Lanes {
@@ -36,6 +40,14 @@ struct D {
   };
   using Wide = Lanes<128>;
   using Narrow = Lanes<8>;
+  struct Pairs {
+    __m512i u;
+    static Pairs load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+    static __m512i dot(__m512i acc, Pairs w, __m512i x) {
+      asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w.u), "v"(x));
+      return acc;
+    }
+  };
 };
 
 }  // namespace

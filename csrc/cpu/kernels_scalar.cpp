@@ -11,6 +11,7 @@ struct D {
     std::memcpy(&four, p, 4);
     return four;
   }
+  static void keep(uint32_t&) {}
   static float fma(float a, float b, float c) { return std::fma(a, b, c); }
   static uint32_t multiply(uint32_t a, uint32_t b) { return a * b; }
   static uint32_t nearest(float x) { return static_cast<uint32_t>(static_cast<int32_t>(std::lrint(x))); }
@@ -20,6 +21,9 @@ struct D {
     return risen < high ? risen : high;
   }
   static int32_t total(uint32_t x) { return static_cast<int32_t>(x); }
+  static float above(float a, float b) { return a > b ? a : b; }
+  static uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+  static uint32_t largest(uint32_t x) { return x; }
 
   template <int kBias>
   struct Lanes {
@@ -39,6 +43,20 @@ struct D {
   };
   using Wide = Lanes<128>;
   using Narrow = Lanes<8>;
+  struct Pairs {
+    uint32_t u;
+    static Pairs load(const uint8_t* p) {
+      Pairs out;
+      std::memcpy(&out.u, p, 4);
+      return out;
+    }
+    static uint32_t dot(uint32_t acc, Pairs w, uint32_t x) {
+      for (int shift = 0; shift < 32; shift += 16) {
+        acc += static_cast<uint32_t>(static_cast<int16_t>(x >> shift) * static_cast<int16_t>(w.u >> shift));
+      }
+      return acc;
+    }
+  };
 };
 
 }  // namespace

@@ -37,6 +37,9 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> group_norm_quantize(tor
                                                                              double eps, MaybeTensor shift,
                                                                              std::string activation);
 
+torch::stable::Tensor qattention(torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
+                                 int64_t heads, double scale);
+
 using MaybeDtype = std::optional<torch::headeronly::ScalarType>;
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> quantize_rows(torch::stable::Tensor x, bool per_sample,

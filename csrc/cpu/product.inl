@@ -4,7 +4,8 @@
 //   Wide, Narrow: W columns of four 8-bit lanes (which hold q + 128) or 4-bit lanes (q + 8), with
 //     static L load(const uint8_t*), static U dot(U acc, L weights, U activations), and kOffset: what dot
 //     leaves in the sum for every unit of the activations;
-//   fma(a, b, c): a b + c, rounded once; broadcast(const int8_t*): four bytes in every lane.
+//   fma(a, b, c): a b + c, rounded once; broadcast(const int8_t*): four bytes in every lane;
+//   keep(U&): nothing, but to the compiler a new value.
 //
 // A block of columns is multiplied chunk by chunk along K. The weights of a chunk stay in L1, where they may be
 // a transformed copy (unpacked, perturbed, or as floats); partial sums of its rows stay in L2.
@@ -22,6 +23,9 @@
 
 namespace zo::cpu {
 namespace {
+
+// Loops over rows and vectors of the register tile: gcc must see through them early, or the tile lies in memory.
+#define ZO_UNROLL _Pragma("GCC unroll 8")
 
 constexpr int kPanelVectors = kPanel / W;
 constexpr int kTileSize = kTile * kColumns;
@@ -54,7 +58,7 @@ struct Visit {
 
 template <class A, int R>
 inline void aim(const Visit<A>& v, int64_t tap, int first_row, const A* (&a)[R]) {
-  for (int i = 0; i < R; ++i) {
+  ZO_UNROLL for (int i = 0; i < R; ++i) {
     const int32_t offset = v.offset[tap * kTile + first_row + i];
     a[i] = (offset == kOutside ? v.zeros : v.a + offset) + v.channel;
   }
@@ -67,9 +71,9 @@ inline const uint8_t* vector_at(const void* b, int64_t panel_stride, int vector,
 // What makes the sums of lanes those of codes: minus the lanes' zeros times the sum of the row.
 template <class L, int R, int N>
 inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
-  for (int i = 0; i < R; ++i) {
+  ZO_UNROLL for (int i = 0; i < R; ++i) {
     const U sum = V::set(static_cast<uint32_t>(-sums[i]));
-    for (int j = 0; j < N; ++j) {
+    ZO_UNROLL for (int j = 0; j < N; ++j) {
       acc[i][j] = zero != nullptr ? D::multiply(sum, V::load_words(zero + j * W))
                                   : V::set(static_cast<uint32_t>(-L::kOffset * sums[i]));
     }
@@ -78,13 +82,17 @@ inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
 
 template <class L, int R, int N>
 inline void add_products(U (&acc)[R][N], const int8_t* const (&a)[R], const uint8_t* const (&b)[N], int64_t steps) {
-#pragma GCC unroll 4
+  // Equal to gcc, accumulators would share registers and be copied.
+  ZO_UNROLL for (int i = 0; i < R; ++i) {
+    ZO_UNROLL for (int j = 0; j < N; ++j) D::keep(acc[i][j]);
+  }
+#pragma GCC unroll 1  // more, and gcc keeps a copy of every accumulator on the stack
   for (int64_t s = 0; s < steps; ++s) {
     L w[N];
-    for (int j = 0; j < N; ++j) w[j] = L::load(b[j] + s * 4 * kPanel);
-    for (int i = 0; i < R; ++i) {
+    ZO_UNROLL for (int j = 0; j < N; ++j) w[j] = L::load(b[j] + s * 4 * kPanel);
+    ZO_UNROLL for (int i = 0; i < R; ++i) {
       const U x = D::broadcast(a[i] + 4 * s);
-      for (int j = 0; j < N; ++j) acc[i][j] = L::dot(acc[i][j], w[j], x);
+      ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = L::dot(acc[i][j], w[j], x);
     }
   }
 }
@@ -93,25 +101,25 @@ template <class L>
 struct Integers {
   using A = int8_t;
   template <int R, int N>
-  static void run(const Visit<A>& v, int row, int vector) {
+  [[gnu::noinline]] static void run(const Visit<A>& v, int row, int vector) {
     int32_t* total = static_cast<int32_t*>(v.total) + row * kColumns + vector * W;
     U acc[R][N];
     if (v.first) {
       start_at<L>(acc, v.sums + row, v.zero != nullptr ? v.zero + vector * W : nullptr);
     } else {
-      for (int i = 0; i < R; ++i) {
-        for (int j = 0; j < N; ++j) acc[i][j] = V::load_words(total + i * kColumns + j * W);
+      ZO_UNROLL for (int i = 0; i < R; ++i) {
+        ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::load_words(total + i * kColumns + j * W);
       }
     }
     for (int64_t tap = 0; tap < v.taps; ++tap) {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
       add_products<L>(acc, a, b, v.steps);
     }
-    for (int i = 0; i < R; ++i) {
-      for (int j = 0; j < N; ++j) V::store_words(total + i * kColumns + j * W, acc[i][j]);
+    ZO_UNROLL for (int i = 0; i < R; ++i) {
+      ZO_UNROLL for (int j = 0; j < N; ++j) V::store_words(total + i * kColumns + j * W, acc[i][j]);
     }
   }
 };
@@ -121,7 +129,7 @@ template <class L>
 struct Groups {
   using A = int8_t;
   template <int R, int N>
-  static void run(const Visit<A>& v, int row, int vector) {
+  [[gnu::noinline]] static void run(const Visit<A>& v, int row, int vector) {
     float* total = static_cast<float*>(v.total) + row * kColumns + vector * W;
     const int32_t* sums = v.sums + row;
     const float* scale = v.scale + vector * W;
@@ -131,21 +139,21 @@ struct Groups {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
       for (int64_t g = 0; g < v.groups; ++g) {
         U acc[R][N];
         start_at<L>(acc, sums, zero);
         add_products<L>(acc, a, b, v.steps);
-        for (int j = 0; j < N; ++j) {
+        ZO_UNROLL for (int j = 0; j < N; ++j) {
           const F by = V::load(scale + j * W);
-          for (int i = 0; i < R; ++i) {
+          ZO_UNROLL for (int i = 0; i < R; ++i) {
             float* at = total + i * kColumns + j * W;
             const F y = V::mul(V::from_i32(acc[i][j]), by);
             V::store(at, begin ? y : V::add(V::load(at), y));
           }
         }
-        for (int i = 0; i < R; ++i) a[i] += 4 * v.steps;
-        for (int j = 0; j < N; ++j) b[j] += v.steps * 4 * kPanel;
+        ZO_UNROLL for (int i = 0; i < R; ++i) a[i] += 4 * v.steps;
+        ZO_UNROLL for (int j = 0; j < N; ++j) b[j] += v.steps * 4 * kPanel;
         sums += kTile;
         scale += kColumns;
         if (zero != nullptr) zero += kColumns;
@@ -159,28 +167,28 @@ struct Groups {
 struct Floats {
   using A = float;
   template <int R, int N>
-  static void run(const Visit<A>& v, int row, int vector) {
+  [[gnu::noinline]] static void run(const Visit<A>& v, int row, int vector) {
     float* total = static_cast<float*>(v.total) + row * kColumns + vector * W;
     F acc[R][N];
-    for (int i = 0; i < R; ++i) {
-      for (int j = 0; j < N; ++j) acc[i][j] = V::set(0.0f);
+    ZO_UNROLL for (int i = 0; i < R; ++i) {
+      ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::set(0.0f);
     }
     for (int64_t tap = 0; tap < v.taps; ++tap) {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
       for (int64_t s = 0; s < v.steps; ++s) {
         F w[N];
-        for (int j = 0; j < N; ++j) w[j] = V::load(reinterpret_cast<const float*>(b[j] + s * 4 * kPanel));
-        for (int i = 0; i < R; ++i) {
+        ZO_UNROLL for (int j = 0; j < N; ++j) w[j] = V::load(reinterpret_cast<const float*>(b[j] + s * 4 * kPanel));
+        ZO_UNROLL for (int i = 0; i < R; ++i) {
           const F x = V::set(a[i][s]);
-          for (int j = 0; j < N; ++j) acc[i][j] = D::fma(x, w[j], acc[i][j]);
+          ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = D::fma(x, w[j], acc[i][j]);
         }
       }
     }
-    for (int i = 0; i < R; ++i) {
-      for (int j = 0; j < N; ++j) {
+    ZO_UNROLL for (int i = 0; i < R; ++i) {
+      ZO_UNROLL for (int j = 0; j < N; ++j) {
         float* at = total + i * kColumns + j * W;
         V::store(at, v.first ? acc[i][j] : V::add(V::load(at), acc[i][j]));
       }

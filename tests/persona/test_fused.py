@@ -33,16 +33,27 @@ def _run(unet: UNet2DConditionModel) -> torch.Tensor:
         return unet(x, torch.tensor([1, 300, 600, 999]), text).sample
 
 
+def _assert_same(fused, before, spec, scales=None):
+    """With int8 activations any last digit flips codes: then no further from floating ones."""
+    if "a8" not in spec:
+        assert (fused - before).norm() <= 1e-5 * before.norm()
+        return
+    floating = _unet(spec.replace("a8", ""))
+    if scales is not None:
+        trainable_scales(floating, ("in_scale",))
+        set_scales_(floating, scales)
+    exact = _run(floating)
+    assert (fused - exact).norm() <= 1.15 * (before - exact).norm()
+    assert (fused - before).norm() <= 0.06 * before.norm()
+
+
 @pytest.mark.parametrize("spec", ["w8", "w8a8", "w4a8-g32"])
 def test_same_prediction(spec):
     unet = _unet(spec)
     before, names = _run(unet), list(unet.state_dict())
     assert fuse_(unet) > 5
     assert fuse_(unet) == 0
-    after = _run(unet)
-    # Rounding of activations to int8 amplifies last digits: a code may flip.
-    tolerance = 1e-5 if spec == "w8" else 1e-2
-    assert (after - before).norm() <= tolerance * before.norm()
+    _assert_same(_run(unet), before, spec)
     assert list(unet.state_dict()) == names
     assert any(isinstance(m, FusedResnetBlock2D) for m in unet.modules())
     assert any(isinstance(p, FusedAttnProcessor) for p in unet.attn_processors.values())
@@ -97,8 +108,8 @@ def test_same_prediction_with_input_scales(spec):
     """A layer with `in_scale` quantizes its input itself."""
     unet = _unet(spec)
     scales = trainable_scales(unet, ("in_scale",))
-    set_scales_(unet, {k: torch.linspace(0.8, 1.2, v.numel()) for k, v in scales.items()})
+    scales = {k: torch.linspace(0.8, 1.2, v.numel()) for k, v in scales.items()}
+    set_scales_(unet, scales)
     before = _run(unet)
     fuse_(unet)
-    tolerance = 1e-5 if spec == "w8" else 1e-2
-    assert (_run(unet) - before).norm() <= tolerance * before.norm()
+    _assert_same(_run(unet), before, spec, scales)

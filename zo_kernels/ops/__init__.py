@@ -5,6 +5,7 @@ from zo_kernels._registry import use_backend
 from zo_kernels.ops.add_noise import add_noise_
 from zo_kernels.ops.group_norm import group_norm
 from zo_kernels.ops.group_norm_quantize import group_norm_quantize
+from zo_kernels.ops.qattention import qattention
 from zo_kernels.ops.qconv2d import qconv2d
 from zo_kernels.ops.qlinear import qlinear
 from zo_kernels.ops.quantize_rows import quantize_rows
@@ -15,6 +16,7 @@ __all__ = [
     "add_noise_",
     "group_norm",
     "group_norm_quantize",
+    "qattention",
     "qconv2d",
     "qlinear",
     "quantize_rows",
