@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Line charts with two logarithmic axes, drawn with Pillow alone."""
+"""Line charts with logarithmic axes, of which y may be linear, drawn with Pillow alone."""
 
 import math
 from collections.abc import Sequence
@@ -23,12 +23,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines over one pair of axes. level: a dashed horizontal line, or None."""
+    """Lines over one pair of axes. level: a dashed horizontal line, or None; linear: the y axis."""
 
     title: str
     x_label: str
     lines: Sequence[Line]
     level: float | None = None
+    linear: bool = False
 
 
 def draw(panels: Sequence[Panel]) -> Image.Image:
@@ -46,24 +47,30 @@ def _draw(pen: ImageDraw.ImageDraw, panel: Panel, offset: int) -> None:
     values = [p for points in shown for p in points] or [(1.0, 1.0)]
     levels = [panel.level] if panel.level else []
     x0, x1 = _decades([x for x, _ in values])
-    y0, y1 = _decades([y for _, y in values] + levels)
+    ys = [y for _, y in values] + levels
+    y0, y1 = _tenths(ys) if panel.linear else _decades(ys)
     left, right = offset + FINE * LEFT, offset + FINE * (WIDTH - RIGHT)
     top, bottom = FINE * TOP, FINE * (HEIGHT - BOTTOM)
 
     def at(x: float, y: float) -> tuple[float, float]:
+        height = y if panel.linear else math.log10(y)
         return (
             left + (math.log10(x) - x0) / (x1 - x0) * (right - left),
-            bottom - (math.log10(y) - y0) / (y1 - y0) * (bottom - top),
+            bottom - (height - y0) / (y1 - y0) * (bottom - top),
         )
 
     for decade in range(x0, x1 + 1):
         x, _ = at(10.0**decade, 10.0**y0)
         pen.line((x, top, x, bottom), fill="#e4e4e4", width=FINE)
         pen.text((x, bottom + 4 * FINE), f"{10.0**decade:g}", "black", font, anchor="mt")
-    for decade in range(y0, y1 + 1):
-        _, y = at(10.0**x0, 10.0**decade)
+    if panel.linear:
+        ticks = [y0 + (y1 - y0) * i / 5 for i in range(6)]
+    else:
+        ticks = [10.0**decade for decade in range(int(y0), int(y1) + 1)]
+    for tick in ticks:
+        _, y = at(10.0**x0, tick)
         pen.line((left, y, right, y), fill="#e4e4e4", width=FINE)
-        pen.text((left - 4 * FINE, y), f"{10.0**decade:g}", "black", font, anchor="rm")
+        pen.text((left - 4 * FINE, y), f"{tick:.4g}", "black", font, anchor="rm")
     pen.rectangle((left, top, right, bottom), outline="#888888", width=FINE)
     if panel.level:
         _, y = at(10.0**x0, panel.level)
@@ -91,3 +98,10 @@ def _decades(values: Sequence[float]) -> tuple[int, int]:
     """Exponents of the powers of ten around the values."""
     low = math.floor(math.log10(min(values)))
     return low, max(low + 1, math.ceil(math.log10(max(values))))
+
+
+def _tenths(values: Sequence[float]) -> tuple[float, float]:
+    """A range around the values whose ends are round."""
+    step = 10.0 ** math.floor(math.log10(max(max(values) - min(values), 1e-12)))
+    low = math.floor(min(values) / step) * step
+    return low, max(low + step, math.ceil(max(values) / step) * step)

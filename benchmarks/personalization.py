@@ -14,12 +14,11 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTokenizer
 
 from benchmarks import personal_tables
 from benchmarks.personal_methods import METHODS, Job, Method, facts
@@ -95,13 +94,8 @@ class Table:
         self.given, self.drawing = given, Drawing()
         self.family = StableDiffusion(load_pipeline(given.model))
         tokenizer = self.family.pipe.tokenizer
-        self.subjects = read_subjects(given.subjects, lambda word: _one_token(tokenizer, word))
-        count = given.subjects_count
-        if count is not None and not 1 <= count <= len(self.subjects):
-            raise UserError(
-                f"subjects_count: must be from 1 to the {len(self.subjects)} of the file, got "
-                f"{count}; leave it out to take all"
-            )
+        self.subjects = read_subjects(given.subjects, one_token(tokenizer))
+        check_count(given.subjects_count, self.subjects)
         self.judge = Judge(Scorer.default(), self.subjects)
         self.known = {row["key"] for row in personal_tables.read_rows(given.out)}
         if given.out.exists() and not given.out.read_bytes().endswith(b"\n"):
@@ -159,8 +153,17 @@ class Table:
         print(f"{subject.name}, seed {seed}, {name}: {shown}", flush=True)
 
 
-def _one_token(tokenizer: CLIPTokenizer, word: str) -> bool:
-    return len(tokenizer.encode(word, add_special_tokens=False)) == 1
+def one_token(tokenizer: Any) -> Callable[[str], bool]:
+    """Whether a word is one token of the vocabulary."""
+    return lambda word: len(tokenizer.encode(word, add_special_tokens=False)) == 1
+
+
+def check_count(count: int | None, subjects: Sequence[Subject]) -> None:
+    if count is not None and not 1 <= count <= len(subjects):
+        raise UserError(
+            f"subjects_count: must be from 1 to the {len(subjects)} of the file, got {count}; "
+            "leave it out to take all"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="folder for what runs leave")
     given = parser.parse_args(arguments)
     try:
-        given.methods = _known_methods(given.methods)
-        given.seeds = _integers(given.seeds)
+        given.methods = known_names("methods", given.methods, METHODS)
+        given.seeds = integers(given.seeds)
         if not given.steps_scale > 0:
             raise UserError(
                 f"steps_scale: must be above 0, got {given.steps_scale}; 1 is the usual budget"
@@ -196,17 +199,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _known_methods(text: str) -> list[str]:
+def known_names(option: str, text: str, known: Collection[str]) -> list[str]:
+    """Names separated by commas, all of them known."""
     names = [name for name in text.split(",") if name]
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
+    if not names or not set(names) <= set(known):
         raise UserError(
-            f"methods: must be among {', '.join(METHODS)}, got {text!r}; separate them by commas"
+            f"{option}: must be among {', '.join(known)}, got {text!r}; separate them by commas"
         )
     return names
 
 
-def _integers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
+    """Seeds separated by commas."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

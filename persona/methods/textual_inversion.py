@@ -27,6 +27,7 @@ from persona.export import save_embedding
 from persona.families import StableDiffusion
 from persona.methods import _method
 from persona.methods._method import Method, Step
+from persona.prefix import shared_prefix
 from persona.space import Space
 from persona.subspace import SubspaceGradient
 from persona.tokens import TokenHook, add_placeholder, expand, initial_rows
@@ -182,9 +183,9 @@ class TextualInversion(Method):
         with self.hook.copies(copies.to(device)):
             encoded = self.family.encode_tokens(ids.repeat(count, 1))
         hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
-        predicted = self.family.predict(
-            batch.x_t.to(device).repeat(count, 1, 1, 1), batch.t.to(device).repeat(count), hidden
-        )
+        x_t, t = batch.x_t.to(device).repeat(count, 1, 1, 1), batch.t.to(device).repeat(count)
+        with shared_prefix(self.family.pipe.unet, count):
+            predicted = self.family.predict(x_t, t, hidden)
         error = (predicted - batch.target.to(device).repeat(count, 1, 1, 1)).square()
         return error.reshape(count, -1).mean(1).cpu()
 

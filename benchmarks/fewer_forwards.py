@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many pictures through the UNet an estimator needs: curves of textual inversion on subjects.
+
+    python -m benchmarks.fewer_forwards --subjects FILE.npz [--estimators a,b] [--seeds 0,1,2]
+
+A run is stopped at points of its budget and measured there, on figures that have no noise of their
+own: the denoising loss over fixed noise at fixed timesteps, for the two styles that are trained and
+for the third, and at the later points the cosine of drawn pictures to the true one. A row a run is
+appended as it finishes; rows that are there are not made again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import line_chart
+from benchmarks.personal_scores import Drawing, Judge
+from benchmarks.personal_subjects import Subject, read_subjects
+from benchmarks.personal_tables import read_rows
+from benchmarks.personalization import check_count, integers, known_names, one_token, row_key
+from benchmarks.timing import machine
+from persona.base import load_base
+from persona.config import TextualInversionConfig
+from persona.data import load_folder, to_pixels
+from persona.errors import UserError
+from persona.evaluate import Scorer
+from persona.families import StableDiffusion, load_pipeline
+from persona.files import append_text, make_folder, write_image, write_json
+from persona.methods.textual_inversion import TextualInversion
+
+ROWS = Path("benchmarks/results/fewer_forwards.jsonl")
+POINTS = (48, 96, 192, 384, 768, 1536)  # pictures through the UNet
+DRAWN = (192, 384, 768, 1536)  # at these, pictures are drawn too
+TIMES = 8  # fixed timesteps
+TOKEN = "<subject>"
+COLORS = ("#444444", "#999999", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd")
+Point = tuple[float, float]  # pictures through the UNet, figure
+
+_OURS: dict[str, Any] = {
+    "train_batch_size": 4,
+    "zo_n": 4,
+    "zo_estimator": "two_sided",
+    "zo_subspace": "off",
+    "zo_eps": 2e-2,
+    "learning_rate": 6e-3,
+    "adam_epsilon": 1e-8,
+    "activation_precision": "int8",
+    "min_timestep": 400,
+    "max_timestep": 1000,
+}
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "paper": {"adam_epsilon": 1e-8},
+    "released-code": TextualInversionConfig.presets["released-code"],
+    "one-sided": _OURS | {"zo_estimator": "one_sided", "zo_n": 7},
+    "two-sided": _OURS,
+    "vocabulary": _OURS | {"zo_space": "vocabulary"},
+}
+
+
+class Curve:
+    """One run: trains, and measures at points.
+
+    Args:
+        config: options of the run; the model and the pictures among them.
+        subject: whose held-out style is measured.
+        held_out: scores pictures of that style; None: none are drawn.
+    """
+
+    def __init__(
+        self, config: TextualInversionConfig, subject: Subject, judge: Judge | None
+    ) -> None:
+        self.config, self.subject, self.judge = config, subject, judge
+        self.family = load_base(config)
+        examples = load_folder(Path(config.train_data_dir), resolution=self.family.resolution)
+        self.method = TextualInversion(self.family, config, examples)
+        styles = list(subject.pictures)
+        self.ids = self.family.tokenize([f"a {style} of a {TOKEN}" for style in styles])
+        x0, _ = self.family.encode_images(to_pixels(list(subject.pictures.values())))
+        generator = torch.Generator().manual_seed(123)
+        noise = torch.randn(TIMES, *x0.shape[1:], generator=generator)
+        t = torch.linspace(60, 960, TIMES).long().repeat(len(styles))
+        x0, noise = x0.repeat_interleave(TIMES, 0), noise.repeat(len(styles), 1, 1, 1)
+        self.x_t, self.t = self.family.noised(x0, noise, t), t
+        self.target = self.family.target(x0, noise, t)
+
+    @property
+    def pictures(self) -> int:
+        """Through the UNet so far, forwards only."""
+        return self.method.forwards * self.config.train_batch_size
+
+    def run(self, points: Sequence[int], drawn: Sequence[int]) -> list[dict[str, float]]:
+        figures = [self.figures(draw=False)]
+        for point in points:
+            per_step = self.method.estimator.evaluations * self.config.train_batch_size
+            while self.pictures + per_step <= point:
+                self.method.step()
+            figures.append(self.figures(draw=point in drawn))
+        return figures
+
+    @torch.inference_mode()
+    def figures(self, draw: bool) -> dict[str, float]:
+        hidden = self.family.encode_tokens(self.ids).repeat_interleave(TIMES, 0)
+        error = (self.family.predict(self.x_t, self.t, hidden) - self.target).square()
+        losses = error.flatten(1).mean(1).view(-1, TIMES).mean(1)  # [styles]
+        row = {
+            "pictures": self.pictures,
+            "trained_loss": losses[:-1].mean().item(),
+            "held_out_loss": losses[-1].item(),
+        }
+        if draw and self.judge is not None:
+            row["fidelity"] = self._fidelity(self.judge)
+        return row
+
+    def _fidelity(self, judge: Judge) -> float:
+        drawing, style = Drawing(), self.subject.held_out
+        images = self.family.sample(
+            [f"a {style} of a {TOKEN}"] * drawing.held_out,
+            seed=1000 * self.config.seed,
+            steps=drawing.steps,
+            guidance=drawing.guidance,
+        )
+        return judge.likeness(images, self.subject, style)["cosine"]
+
+
+def reached(curve: Sequence[Point], level: float) -> float | None:
+    """Pictures at which a falling curve of (pictures, loss) first meets `level`, linear between its
+    points; None: nowhere."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if y0 > level >= y1:
+            return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)
+    return None
+
+
+def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[Point]]:
+    """Estimator to (pictures, mean over its subjects and seeds)."""
+    points: dict[str, dict[int, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for i, at in enumerate(row["curve"]):
+            if figure in at:
+                points[row["estimator"]][i].append((at["pictures"], at[figure]))
+    return {
+        name: [
+            (statistics.mean(x for x, _ in values), statistics.mean(y for _, y in values))
+            for values in by_point.values()
+        ]
+        for name, by_point in points.items()
+    }
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Final figures with their spread over seeds, and pictures to the paper's last loss."""
+    lines = []
+    curves = mean_curves(rows, "held_out_loss")
+    target = curves["paper"][-1][1] if "paper" in curves else None
+    for name in (n for n in ESTIMATORS if n in curves):
+        own = [row for row in rows if row["estimator"] == name]
+        needed = reached(curves[name], target) if target is not None else None
+        budget = curves[name][-1][0]
+        if name == "paper":
+            needed = budget
+        lines.append(
+            [
+                name,
+                len({row["subject"] for row in own}),
+                len({row["seed"] for row in own}),
+                *(_final(own, figure) for figure in ("trained_loss", "held_out_loss", "fidelity")),
+                f"{budget:.0f}",
+                "not reached" if needed is None else f"{needed:.0f}",
+            ]
+        )
+    columns = [
+        "estimator",
+        "subjects",
+        "seeds",
+        "trained loss",
+        "held-out loss",
+        "subject fidelity",
+        "pictures",
+        "pictures to the paper's last held-out loss",
+    ]
+    title = "After the budget: mean over subjects, +- standard deviation over seeds"
+    return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _final(rows: Sequence[dict[str, Any]], figure: str) -> str:
+    by_seed = defaultdict(list)
+    for row in rows:
+        by_seed[row["seed"]].append(row["curve"][-1].get(figure, float("nan")))
+    means = [statistics.mean(values) for values in by_seed.values()]
+    spread = f" +- {statistics.stdev(means):.4f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.4f}{spread}"
+
+
+def write_tables(out: Path) -> None:
+    rows = [row for row in read_rows(out) if row["estimator"] in ESTIMATORS]
+    if not rows:
+        return
+    content = {
+        "title": "Fewer forwards for textual inversion",
+        "command": "python -m benchmarks.fewer_forwards --subjects FILE.npz",
+        "machine": machine(),
+        "note": __doc__.split("\n\n")[2].replace("\n", " "),
+        "tables": tables(rows),
+    }
+    write_json(out.with_suffix(".json"), content, "out")
+    panels = []
+    for figure, title in (("trained_loss", "Trained styles"), ("held_out_loss", "Held-out style")):
+        curves = mean_curves(rows, figure)
+        lines = [
+            line_chart.Line(name, color, curves[name][1:])
+            for name, color in zip(ESTIMATORS, COLORS, strict=False)
+            if name in curves
+        ]
+        label = "pictures through the UNet"
+        panels.append(line_chart.Panel(f"{title}: denoising loss", label, lines, linear=True))
+    write_image(out.with_suffix(".png"), line_chart.draw(panels), "out")
+
+
+def fill(given: argparse.Namespace) -> None:
+    """Every run that is missing; subject by subject, so that all estimators get as far."""
+    tokenizer = StableDiffusion(load_pipeline(given.model)).pipe.tokenizer
+    subjects = read_subjects(given.subjects, one_token(tokenizer))
+    check_count(given.subjects_count, subjects)
+    judge = Judge(Scorer.default(), subjects)
+    known = {row["key"] for row in read_rows(given.out)}
+    for subject in subjects[: given.subjects_count]:
+        for seed in given.seeds:
+            for name in given.estimators:
+                case = {"options": ESTIMATORS[name], "points": POINTS, "drawn": DRAWN, "seed": seed}
+                key = row_key(case | {"digest": subject.digest, "model": Path(given.model).name})
+                if key not in known:
+                    row = {"key": key, "estimator": name, "subject": subject.name, "seed": seed}
+                    with tempfile.TemporaryDirectory() as folder:
+                        config = TextualInversionConfig(
+                            pretrained_model_name_or_path=given.model,
+                            train_data_dir=str(subject.write(Path(folder))),
+                            placeholder_token=TOKEN,
+                            initializer_token=subject.word,
+                            seed=seed,
+                            **ESTIMATORS[name],
+                        )
+                        row["curve"] = Curve(config, subject, judge).run(POINTS, DRAWN)
+                    append_text(given.out, json.dumps(row) + "\n")
+                    known.add(key)
+                    last = {k: round(v, 4) for k, v in row["curve"][-1].items()}
+                    print(f"{subject.name}, seed {seed}, {name}: {last}", flush=True)
+        write_tables(given.out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m benchmarks.fewer_forwards``; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fewer_forwards")
+    parser.add_argument("--subjects", type=Path, required=True, help=".npz with a .jsonl beside it")
+    parser.add_argument("--model", default="persona/assets/tiny-sd", help="diffusers folder")
+    parser.add_argument("--estimators", default=",".join(ESTIMATORS), help="default: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--subjects_count", type=int, help="the first so many; default: all")
+    parser.add_argument("--out", type=Path, default=ROWS, help="file of rows, .jsonl")
+    given = parser.parse_args(arguments)
+    try:
+        given.estimators = known_names("estimators", given.estimators, ESTIMATORS)
+        given.seeds = integers(given.seeds)
+        make_folder(given.out.parent, "out")
+        fill(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the rows so far stay, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of a personalization method holds at Stable Diffusion 1.5's true size.
+
+    python -m benchmarks.personal_memory [--methods a,b]
+
+UNet and text encoder have their published shapes and random weights, latents are 64 x 64 (pictures
+of 512), and a process of its own makes its peak that method's alone. Counted is the resident set at
+its peak over two steps, less what the process held when everything was imported. The VAE, which a
+run needs before training and after it, has left, as in a run; loading is not counted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import sd15
+from benchmarks.timing import machine
+from benchmarks.unet_worker import peak_bytes, reset_peak
+from persona.base import quantize
+from persona.config import RunConfig, TextualInversionConfig
+from persona.data import Example
+from persona.families import StableDiffusion
+from persona.files import write_json
+from persona.methods.textual_inversion import TextualInversion
+
+OUT = Path("benchmarks/results/personalization_memory.json")
+STEPS = 2  # the second has every buffer that an optimizer makes
+TOKENIZER = "persona/assets/tiny-sd/tokenizer"  # words cost no memory: any does
+SIZES = {"sd15": (49_408, 768, 12, 12), "tiny": (5000, 64, 1, 2)}  # words, width, layers, heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: how the table calls it, and the method with its options; None: inference alone."""
+
+    title: str
+    config: RunConfig
+    method: Callable[..., Any] | None
+    published: str = "-"  # GB in ZOODiP's table 1, which counts a CUDA context too
+
+
+def _inversion(**options: Any) -> TextualInversionConfig:
+    same = {"initializer_token": "light", "evaluations_per_forward": 1}
+    return TextualInversionConfig(**same | options)
+
+
+CASES = {
+    "inference-int8": Case("one forward, int8", _inversion(), None),
+    "inference-int4": Case("one forward, int4", _inversion(base_precision="int4"), None),
+    "zoodip-int8": Case("ZOODiP, int8", _inversion(), TextualInversion, "2.37"),
+    "zoodip-int4": Case("ZOODiP, int4", _inversion(base_precision="int4"), TextualInversion, "1.9"),
+    "ti-backprop": Case(
+        "textual inversion by backpropagation, int8", _inversion(optimizer="bp"), TextualInversion
+    ),
+    "ti-backprop-fp32": Case(
+        "textual inversion by backpropagation, fp32",
+        _inversion(optimizer="bp", base_precision="as-loaded"),
+        TextualInversion,
+        "6.75",
+    ),
+}
+
+
+class Family(StableDiffusion):
+    """UNet and text encoder of a size, with random weights, and latents without a VAE."""
+
+    def __init__(self, size: str) -> None:
+        from diffusers import DDPMScheduler
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+        words, width, layers, heads = SIZES[size]
+        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=sd15.TOKENS)
+        text = CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=sd15.TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self.size = sd15.ARCHITECTURES[size].size
+        pipe = SimpleNamespace(
+            unet=sd15.unet(size),
+            text_encoder=CLIPTextModel(text),
+            tokenizer=tokenizer,
+            vae=nn.Identity(),
+            scheduler=DDPMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+            ),
+            vae_scale_factor=8,
+        )
+        super().__init__(pipe)
+        self.release_vae()
+
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (len(pixels), 4, self.size, self.size)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator), torch.full(shape, 0.1)
+
+
+def measure(name: str, size: str) -> dict[str, int]:
+    """In a process of its own: bytes after importing, after loading, at the peak of the steps."""
+    case = CASES[name]
+    imported = _resident()
+    family = Family(size)
+    quantize(case.config, family)
+    pixels = 8 * family.size
+    examples = [Example(Path("a.png"), Image.new("RGB", (pixels, pixels)), ("a photo of {}",))]
+    method = case.method(family, case.config, examples) if case.method else None
+    reset_peak()
+    loaded = _resident()
+    if method is None:
+        _forward(family)
+    else:
+        for _ in range(STEPS):
+            method.step()
+    return {"imported": imported, "loaded": loaded, "peak": peak_bytes()}
+
+
+@torch.inference_mode()
+def _forward(family: StableDiffusion) -> None:
+    hidden = family.encode_tokens(family.tokenize(["a photo of light"]))
+    x, _ = family.encode_images(torch.zeros(1, 3, 8, 8))
+    family.predict(x, torch.tensor([500]), hidden)
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def row(name: str, size: str) -> dict[str, int]:
+    """`measure` in a fresh process.
+
+    Raises:
+        RuntimeError: it failed, such as for want of memory.
+    """
+    command = [sys.executable, "-m", "benchmarks.personal_memory", "--worker", name, "--size", size]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"personal_memory: {name} ended with {done.returncode}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
+    lines = []
+    for name in (n for n in CASES if n in rows):
+        at = rows[name]
+        over = [f"{(at[key] - at['imported']) / 1e9:.2f}" for key in ("loaded", "peak")]
+        lines.append([CASES[name].title, *over, CASES[name].published])
+    return {
+        "title": "GB over import at Stable Diffusion 1.5's size",
+        "columns": ["method", "model and state", "peak of two steps", "published (GPU, in all)"],
+        "rows": lines,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m benchmarks.personal_memory``; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.personal_memory")
+    parser.add_argument("--methods", default=",".join(CASES), help="default: all")
+    parser.add_argument("--size", default="sd15", choices=sorted(SIZES))
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        print(json.dumps(measure(given.worker, given.size)))
+        return 0
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    names = given.methods.split(",")
+    if unknown := sorted(set(names) - set(CASES)):
+        print(
+            f"error: methods: must be among {', '.join(CASES)}, got {', '.join(unknown)}; separate "
+            "them by commas",
+            file=sys.stderr,
+        )
+        return 2
+    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else {}
+    for name in names:
+        rows[name] = row(name, given.size)
+        print(name, {key: f"{value / 1e9:.2f} GB" for key, value in rows[name].items()}, flush=True)
+        content = {
+            "title": "Memory of personalization",
+            "command": "python -m benchmarks.personal_memory",
+            "machine": machine(),
+            "note": " ".join(__doc__.split("\n\n")[2].split()),
+            "rows": rows,
+            "tables": [table(rows)],
+        }
+        write_json(given.out, content, "out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

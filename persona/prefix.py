@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does not depend on the text is computed once for all copies of a token.
+
+Copies of a token are evaluated on the same noised latents, so they differ from the UNet's first
+cross-attention on. Before it lie the first convolution, the residual blocks up to the first
+transformer block, and that block's self-attention: 1/20 of the arithmetic of a forward of Stable
+Diffusion 1.5 at 64 x 64 latents, 1/16 of tiny-sd's (torch's FlopCounterMode). The values are those
+of the plain forward, up to the rounding of kernels that add up in another order for another batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def shared_prefix(unet: Any, copies: int) -> Iterator[None]:
+    """Within the block a batch of `unet` is [copies * B, ...], whose slices [B, ...] differ in the
+    text alone: what comes before it sees the first slice.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel.
+        copies: 1 changes nothing.
+    """
+    handles = []
+    if copies > 1:
+
+        def first(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            return tuple(map(_first, args)), {k: _first(v) for k, v in kwargs.items()}
+
+        def _first(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() > 1:
+                return value[: len(value) // copies]
+            return value
+
+        def repeat(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return torch.cat([output] * copies)
+
+        for module in prefix(unet):
+            handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
+            handles.append(module.register_forward_hook(repeat))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prefix(unet: Any) -> list[nn.Module]:
+    """Modules of `unet` that run before its first cross-attention, none inside another."""
+    modules = [unet.conv_in]
+    for block in unet.down_blocks:
+        if not getattr(block, "has_cross_attention", False):
+            modules += [*block.resnets, *(block.downsamplers or ())]
+            continue
+        modules.append(block.resnets[0])
+        attention = block.attentions[0]
+        first = attention.transformer_blocks[0]
+        modules += [attention.norm, attention.proj_in, first.norm1]
+        if not first.only_cross_attention:
+            modules.append(first.attn1)
+        break
+    return modules
