@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 from persona.config import RunConfig, TextualInversionConfig
 from persona.config_dreambooth import DreamBoothConfig
 from persona.config_scales import ScaleTuningConfig
+from persona.config_selective import SelectiveConfig
 from persona.errors import UserError
 from persona.options import add_flags, flags, from_flags
 
@@ -41,6 +42,11 @@ COMMANDS = {
             DreamBoothConfig,
             "persona.methods.dreambooth:DreamBooth",
             "bind a rare word to the subject by backpropagation: QLoRA, LoRA or the whole UNet",
+        ),
+        Command(
+            SelectiveConfig,
+            "persona.methods.selective:Selective",
+            "backpropagate at low resolution or probe at high, step by step, on LoRA or scales",
         ),
     )
 }

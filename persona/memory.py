@@ -3,12 +3,39 @@
 
 import resource
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+_earlier: dict[str, int] = {}  # device -> highest point before the last `peak_of`
 
 
 def peak_bytes(device: torch.device) -> int:
     """Bytes at the highest point so far: of the whole process on the CPU, of torch on CUDA."""
+    return max(_measured(device), _earlier.get(str(device), 0))
+
+
+def peak_of(call: Callable[[], T], device: torch.device) -> tuple[T, int]:
+    """What ``call`` returns, and the highest point while it ran.
+
+    It includes what the process held before, and on the CPU memory that was freed but not given
+    back. Where the system cannot begin anew (not Linux), it is the highest point so far.
+    """
+    _earlier[str(device)] = peak_bytes(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+    result = call()
+    return result, _measured(device)
+
+
+def _measured(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
