@@ -7,20 +7,22 @@ its backward pass, which costs about two: the same arithmetic. `--full` takes th
 papers instead.
 """
 
-import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.personal_subjects import Subject
-from persona.config import TextualInversionConfig
-from persona.families import StableDiffusion, load_pipeline
-from persona.train import textual_inversion
-from zo_kernels.quant import QuantConfig
+from persona.base import load_base
+from persona.cli import COMMANDS
+from persona.config import RunConfig, TextualInversionConfig
+from persona.data import load_folder
+from persona.families import StableDiffusion
+from persona.files import make_folder
 
-BUDGET = 3000  # pictures through the UNet by forward passes alone
-TOKEN = "<subject>"
+BUDGET = 1536  # pictures through the UNet by forward passes alone
+TOKEN = "<subject>"  # of textual inversion; the others take their rare word
 
 
 @dataclass(frozen=True)
@@ -80,101 +82,136 @@ class Method:
         return self.options | {"max_train_steps": max(1, round(steps * scale))}
 
 
-def base_family(model: str, spec: str | None) -> StableDiffusion:
-    """The base model with weights held as `spec` says; None: as loaded."""
-    family = StableDiffusion(load_pipeline(model))
-    if spec is not None:
-        family.quantize(QuantConfig(spec=spec))
-    return family
+def make_config(options: dict[str, Any], **more: Any) -> RunConfig:
+    """The config of `options`, whose "command" is the subcommand of ``persona``."""
+    given = dict(options)
+    command = COMMANDS[given.pop("command")]
+    if command.config is TextualInversionConfig:
+        given["placeholder_token"] = TOKEN
+    return command.config(**given | more)
 
 
 def untrained(options: dict[str, Any], job: Job) -> Learned:
     """The control: the class word itself."""
-    return Learned(base_family(job.model, options["spec"]), job.subject.word, 0, 0, 0)
+    family = load_base(RunConfig(pretrained_model_name_or_path=job.model, **options))
+    return Learned(family, job.subject.word, 0, 0, 0)
 
 
-def invert(options: dict[str, Any], job: Job) -> Learned:
-    """Textual inversion; the saved file is loaded into a fresh pipeline as other programs do it."""
-    config = TextualInversionConfig(
+def learn(options: dict[str, Any], job: Job) -> Learned:
+    """A method of ``persona``, as `persona.train.train` runs it, less its files but the result."""
+    config = make_config(
+        options,
         pretrained_model_name_or_path=job.model,
         train_data_dir=str(job.subject.write(job.folder / "pictures")),
         output_dir=str(job.folder / "out"),
-        placeholder_token=TOKEN,
         initializer_token=job.subject.word,
         seed=job.seed,
-        checkpointing_steps=10**9,
-        num_validation_images=0,
-        **options,
     )
-    result = textual_inversion(config, prompts=[], progress=False)
-    family = StableDiffusion(load_pipeline(job.model))
-    family.pipe.load_textual_inversion(str(result.saved.parent), token=TOKEN)
-    spec = weight_spec(config)
-    if spec is not None:
-        family.quantize(QuantConfig(spec=spec))
+    family = load_base(config)
+    examples = load_folder(
+        Path(config.train_data_dir),
+        resolution=config.resolution or family.resolution,
+        learnable_property=config.learnable_property,
+    )
+    module, _, name = COMMANDS[config.command].method.partition(":")
+    method = getattr(importlib.import_module(module), name)(family, config, examples)
+    for _ in method.run():
+        pass
+    make_folder(config.output)
+    saved = method.save(config.output)
+    files = [saved] if saved.is_file() else [f for f in saved.rglob("*") if f.is_file()]
+    pictures = method.forwards * config.train_batch_size
     return Learned(
         family,
-        TOKEN,
-        result.forwards * config.train_batch_size,
-        0,
-        result.saved.stat().st_size,
+        config.subject,
+        pictures,
+        pictures if by_backpropagation(config) else 0,
+        sum(file.stat().st_size for file in files),
+        None if config.command == "ti" else lambda: load_base(config),
     )
 
 
-def weight_spec(config: TextualInversionConfig) -> str | None:
-    """The quantization of `zo_kernels.quant` that the options ask for."""
-    bits = {"int8": "w8", "int4": "w4"}.get(config.base_precision)
-    if bits is None:
-        return None
-    return bits + ("a8" if config.activation_precision == "int8" else "")
+def by_backpropagation(config: RunConfig) -> bool:
+    return getattr(config, "optimizer", "bp") == "bp"
 
 
-def pictures(options: dict[str, Any]) -> int:
-    """Pictures that textual inversion by forward passes takes through the UNet."""
-    config = TextualInversionConfig(**options)
-    evaluations = 2 * config.zo_n if config.zo_estimator == "two_sided" else config.zo_n + 1
-    return config.max_train_steps * evaluations * config.train_batch_size
+def pictures_a_step(options: dict[str, Any]) -> int:
+    """Pictures through the UNet, forwards only."""
+    config: Any = make_config(options)
+    evaluations = 1
+    if not by_backpropagation(config):
+        two = getattr(config, "zo_estimator", "two_sided") == "two_sided"
+        evaluations = 2 * config.zo_n if two else config.zo_n + 1
+    return evaluations * config.train_batch_size
 
 
-def _zo(title: str, full: bool = True, **options: Any) -> Method:
-    """Textual inversion by forward passes: steps that fit the budget."""
-    steps = BUDGET // pictures(options | {"max_train_steps": 1})
-    paper = {"max_train_steps": 30_000} if full else {}
-    return Method(title, invert, options | {"max_train_steps": steps}, paper)
+def budgeted(title: str, command: str, full: int | None = None, **options: Any) -> Method:
+    """A method of ``persona`` with the steps of its budget; `full`: those of its paper."""
+    options = {"command": command, **options}
+    budget = BUDGET // 3 if by_backpropagation(make_config(options)) else BUDGET
+    steps = {"max_train_steps": budget // pictures_a_step(options)}
+    return Method(title, learn, options | steps, {"max_train_steps": full} if full else {})
 
 
-# ZOODiP as the paper has it: one picture a step, two directions, one-sided.
-_PAPER: dict[str, Any] = {}
+def _ti(title: str, preset: str = "paper", **options: Any) -> Method:
+    recipe = TextualInversionConfig.presets[preset] | options
+    full = recipe.pop("max_train_steps", 30_000)
+    return budgeted(title, "ti", full, **recipe)
+
+
+def _scales(title: str, full: int = 400, **options: Any) -> Method:
+    return budgeted(title, "scales", full, **options)
+
+
+# The demo's recipe: many directions and pictures a step, so that int8 activations suffice.
 _DEMO: dict[str, Any] = {
     "train_batch_size": 4,
     "zo_n": 15,
     "zo_eps": 2e-2,
     "learning_rate": 6e-3,
-    "adam_epsilon": 1e-8,
+    "activation_precision": "int8",
     "min_timestep": 400,
     "max_timestep": 1000,
 }
 
 METHODS: dict[str, Method] = {
-    "base": Method("class word, untrained", untrained, {"spec": "w8"}),
-    "zoodip": _zo("ZOODiP, paper", **_PAPER),
-    "zoodip-uniform": _zo("ZOODiP, t uniform", min_timestep=0, max_timestep=1000),
-    "zoodip-sg-off": _zo("ZOODiP, no Subspace Gradient", zo_subspace="off"),
-    "zoodip-sg-random": _zo("ZOODiP, random subspace", zo_subspace="random"),
-    "zoodip-spsa": _zo("ZOODiP, two-sided", zo_estimator="two_sided"),
-    "zoodip-released": _zo(
-        "ZOODiP, released code", zo_normalizer="released-code", learning_rate=1e-2
+    "base": Method("class word, untrained", untrained, {"base_precision": "int8"}),
+    "ti-backprop": _ti("textual inversion by backpropagation", "backprop"),
+    "zoodip": _ti("ZOODiP, paper"),
+    "zoodip-released": _ti("ZOODiP, released code", "released-code"),
+    "zoodip-uniform": _ti("ZOODiP, t uniform", min_timestep=0, max_timestep=1000),
+    "zoodip-sg-off": _ti("ZOODiP, no Subspace Gradient", zo_subspace="off"),
+    "zoodip-sg-random": _ti("ZOODiP, random subspace", zo_subspace="random"),
+    "zoodip-sg-centred": _ti("ZOODiP, subspace not standardized", zo_subspace="centred"),
+    "zoodip-n1": _ti("ZOODiP, n = 1", zo_n=1),
+    "zoodip-n4": _ti("ZOODiP, n = 4", zo_n=4),
+    "zoodip-n8": _ti("ZOODiP, n = 8", zo_n=8),
+    "zoodip-two-sided": _ti("ZOODiP, two-sided", zo_estimator="two_sided"),
+    "zoodip-one-point": _ti("ZOODiP, one-point", zo_estimator="one_point"),
+    "zoodip-int4": _ti("ZOODiP, int4", base_precision="int4", zo_eps=1e-2),
+    "zoodip-demo": _ti("ZOODiP, the demo's recipe", **_DEMO),
+    "peqa-bp": _scales("PEQA"),
+    "peqa-zo": _scales("PEQA, zeroth order", 4000, optimizer="zo"),
+    "s1-bp": _scales("S1", method="s1"),
+    "s1-zo": _scales("S1, zeroth order", 4000, method="s1", optimizer="zo"),
+    "s2-bp": _scales("S2", method="s2"),
+    "s2-zo": _scales("S2, zeroth order", 4000, method="s2", optimizer="zo"),
+    "tuneqdm-bp": _scales("TuneQDM", method="tuneqdm"),
+    "tuneqdm-zo": _scales("TuneQDM, zeroth order", 4000, method="tuneqdm", optimizer="zo"),
+    "tuneqdm-paper": _scales("TuneQDM, paper", method="tuneqdm", preset="paper"),
+    "dreambooth": budgeted(
+        "DreamBooth", "dreambooth", 400, trainable="full", base_precision="as-loaded"
     ),
-    "zoodip-demo": _zo("ZOODiP, the demo's recipe", full=False, **_DEMO),
+    "qlora": budgeted("QLoRA, r = 2", "dreambooth", 500),
 }
 
 
 def facts(method: Method, scale: float, full: bool) -> dict[str, Any]:
     """What a row of the method depends on beside subject and seed: all options, defaults too."""
     options = method.resolved(scale, full)
-    if method.train is invert:
-        config = dataclasses.asdict(TextualInversionConfig(**options))
-        for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "seed"):
-            config.pop(name)
-        options = config
+    if "command" in options:
+        options = options | make_config(options).recipe()
+        options["max_train_steps"] = make_config(options).max_train_steps
+        for name in ("pretrained_model_name_or_path", "train_data_dir", "seed"):
+            options.pop(name)
     return {"title": method.title, "options": options}

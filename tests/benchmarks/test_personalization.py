@@ -8,7 +8,17 @@ import torch
 from PIL import Image
 
 from benchmarks import personal_tables, personalization
-from benchmarks.personal_methods import METHODS, Learned, Method
+from benchmarks.personal_methods import (
+    BUDGET,
+    METHODS,
+    Job,
+    Learned,
+    Method,
+    by_backpropagation,
+    learn,
+    make_config,
+    pictures_a_step,
+)
 from benchmarks.personal_scores import COMPOSITIONS, Drawing, Judge, draw
 from benchmarks.personal_subjects import class_word, read_subjects
 from benchmarks.report import section
@@ -190,12 +200,35 @@ def test_bad_arguments(command, capsys, arguments, told):
     assert told in capsys.readouterr().err
 
 
-def test_zeroth_order_methods_have_one_budget():
-    from benchmarks.personal_methods import BUDGET, invert, pictures
-
-    counts = {name: pictures(m.options) for name, m in METHODS.items() if m.train is invert}
+def test_methods_have_one_budget():
+    counts = {}
+    for name, method in METHODS.items():
+        if method.train is learn:
+            share = 3 if by_backpropagation(make_config(method.options)) else 1
+            steps = method.options["max_train_steps"]
+            counts[name] = share * steps * pictures_a_step(method.options)
+    assert len(counts) == len(METHODS) - 1
     assert all(0.95 * BUDGET <= n <= BUDGET for n in counts.values()), counts
-    assert all(m.resolved(1, True)["max_train_steps"] >= 1 for m in METHODS.values() if m.full)
+    for method in METHODS.values():
+        assert method.resolved(1, True).get("max_train_steps", 1) >= 1
+
+
+def test_the_key_knows_every_option():
+    a, b = (personalization.facts(METHODS[name], 1, False) for name in ("zoodip", "zoodip-n4"))
+    assert a["options"]["zo_n"] == 2 and b["options"]["zo_n"] == 4
+    assert a["options"]["max_train_steps"] == BUDGET // 3 and "seed" not in a["options"]
+
+
+@pytest.mark.parametrize("name", ["zoodip", "ti-backprop", "tuneqdm-zo", "qlora"])
+def test_a_method_learns_on_the_shipped_model(subjects_file, tmp_path, name):
+    subject, *_ = read_subjects(subjects_file, lambda word: True)
+    options = METHODS[name].resolved(1, False) | {"max_train_steps": 1}
+    learned = learn(options, Job(subject, 0, "persona/assets/tiny-sd", tmp_path))
+    assert learned.forwards >= 1 and learned.result_bytes > 1000
+    assert learned.backwards == (1 if name in ("ti-backprop", "qlora") else 0)
+    assert (learned.base is None) == (name in ("zoodip", "ti-backprop"))
+    drawing = Drawing(steps=1, held_out=1, trained=1)
+    assert len(draw(learned.family, subject, learned.word, 0, drawing).held_out) == 1
 
 
 def test_drawing_is_part_of_the_key():
