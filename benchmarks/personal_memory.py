@@ -10,10 +10,11 @@ run needs before training and after it, has left, as in a run; loading is not co
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,14 +25,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import sd15
+from benchmarks.personal_methods import load_method
 from benchmarks.timing import machine
 from benchmarks.unet_worker import peak_bytes, reset_peak
 from persona.base import quantize
-from persona.config import RunConfig, TextualInversionConfig
+from persona.cli import COMMANDS
+from persona.config import RunConfig
 from persona.data import Example
 from persona.families import StableDiffusion
 from persona.files import write_json
-from persona.methods.textual_inversion import TextualInversion
 
 OUT = Path("benchmarks/results/personalization_memory.json")
 TOKENIZER = "persona/assets/tiny-sd/tokenizer"  # words cost no memory: any does
@@ -44,30 +46,33 @@ class Case:
 
     title: str
     config: RunConfig
-    method: Callable[..., Any] | None
+    method: str | None = None  # module:class
     published: str = "-"  # GB in ZOODiP's table 1, which counts a CUDA context too
     steps: int = 1  # 2 where the first makes buffers that the second holds beside its activations
 
 
-def _inversion(**options: Any) -> TextualInversionConfig:
-    same = {"initializer_token": "light", "evaluations_per_forward": 1}
-    return TextualInversionConfig(**same | options)
+def _case(title: str, command: str, published: str = "-", steps: int = 2, **options: Any) -> Case:
+    """A method of ``persona``, which probes one by one."""
+    config, method, _ = COMMANDS[command]
+    names = {item.name for item in dataclasses.fields(config)}
+    one = {"evaluations_per_forward": 1} if "evaluations_per_forward" in names else {}
+    options = {"initializer_token": "light", **one, **options}
+    return Case(title, config(**options), method, published, steps)
 
 
 CASES = {
-    "inference-int8": Case("one forward, int8", _inversion(), None),
-    "inference-int4": Case("one forward, int4", _inversion(base_precision="int4"), None),
-    "zoodip-int8": Case("ZOODiP, int8", _inversion(), TextualInversion, "2.37"),
-    "zoodip-int4": Case("ZOODiP, int4", _inversion(base_precision="int4"), TextualInversion, "1.9"),
-    "ti-backprop": Case(
-        "textual inversion by backpropagation, int8", _inversion(optimizer="bp"), TextualInversion
-    ),
-    "ti-backprop-fp32": Case(
-        "textual inversion by backpropagation, fp32",
-        _inversion(optimizer="bp", base_precision="as-loaded"),
-        TextualInversion,
-        "6.75",
-    ),
+    "inference-int8": Case("one forward, int8", RunConfig()),
+    "inference-int4": Case("one forward, int4", RunConfig(base_precision="int4")),
+    "zoodip-int8": _case("ZOODiP, int8", "ti", "2.37", steps=1),
+    "zoodip-int4": _case("ZOODiP, int4", "ti", "1.9", steps=1, base_precision="int4"),
+    "ti-backprop": _case("textual inversion by backpropagation, int8", "ti", optimizer="bp"),
+    "peqa-zo": _case("PEQA, zeroth order", "scales", optimizer="zo"),
+    "tuneqdm-zo": _case("TuneQDM, zeroth order", "scales", method="tuneqdm", optimizer="zo"),
+    "peqa-bp": _case("PEQA", "scales", "6.31"),
+    "tuneqdm-bp": _case("TuneQDM", "scales", "8.96", method="tuneqdm"),
+    "selective-zo-high": _case("ZO-high on LoRA, int8", "selective", strategy="zo-high"),
+    "selective-bp-low": _case("BP-low on LoRA, int8", "selective", strategy="bp-low"),
+    "qlora": _case("QLoRA, r = 2, int8", "dreambooth", "7.56"),
 }
 
 
@@ -106,7 +111,7 @@ class Family(StableDiffusion):
         self.release_vae()
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (len(pixels), 4, self.size, self.size)
+        shape = (len(pixels), 4, *(side // 8 for side in pixels.shape[2:]))
         generator = torch.Generator().manual_seed(0)
         return torch.randn(shape, generator=generator), torch.full(shape, 0.1)
 
@@ -119,7 +124,7 @@ def measure(name: str, size: str) -> dict[str, int]:
     quantize(case.config, family)
     pixels = 8 * family.size
     examples = [Example(Path("a.png"), Image.new("RGB", (pixels, pixels)), ("a photo of {}",))]
-    method = case.method(family, case.config, examples) if case.method else None
+    method = load_method(case.method)(family, case.config, examples) if case.method else None
     reset_peak()
     loaded = _resident()
     if method is None:
@@ -133,7 +138,7 @@ def measure(name: str, size: str) -> dict[str, int]:
 @torch.inference_mode()
 def _forward(family: StableDiffusion) -> None:
     hidden = family.encode_tokens(family.tokenize(["a photo of light"]))
-    x, _ = family.encode_images(torch.zeros(1, 3, 8, 8))
+    x, _ = family.encode_images(torch.zeros(1, 3, 8 * family.size, 8 * family.size))
     family.predict(x, torch.tensor([500]), hidden)
 
 

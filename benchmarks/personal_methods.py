@@ -113,8 +113,7 @@ def learn(options: dict[str, Any], job: Job) -> Learned:
         resolution=config.resolution or family.resolution,
         learnable_property=config.learnable_property,
     )
-    module, _, name = COMMANDS[config.command].method.partition(":")
-    method = getattr(importlib.import_module(module), name)(family, config, examples)
+    method = load_method(COMMANDS[config.command].method)(family, config, examples)
     for _ in method.run():
         pass
     make_folder(config.output)
@@ -125,14 +124,28 @@ def learn(options: dict[str, Any], job: Job) -> Learned:
         family,
         config.subject,
         pictures,
-        pictures if by_backpropagation(config) else 0,
+        _backwards(method, config, pictures),
         sum(file.stat().st_size for file in files),
         None if config.command == "ti" else lambda: load_base(config),
     )
 
 
+def load_method(name: str) -> Any:
+    """The class that a command of ``persona`` names as module:class."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def by_backpropagation(config: RunConfig) -> bool:
     return getattr(config, "optimizer", "bp") == "bp"
+
+
+def _backwards(method: Any, config: RunConfig, pictures: int) -> int:
+    """Pictures that went back through the UNet, too."""
+    counts = getattr(method, "counts", None)  # of selective optimization: kind of step -> steps
+    if counts is not None:
+        return config.train_batch_size * sum(n for kind, n in counts.items() if kind[:2] == "bp")
+    return pictures if by_backpropagation(config) else 0
 
 
 def pictures_a_step(options: dict[str, Any]) -> int:
@@ -161,6 +174,11 @@ def _ti(title: str, preset: str = "paper", **options: Any) -> Method:
 
 def _scales(title: str, full: int = 400, **options: Any) -> Method:
     return budgeted(title, "scales", full, **options)
+
+
+def _selective(title: str, **options: Any) -> Method:
+    """As many steps as backpropagation at the high resolution has: none of its costs more."""
+    return budgeted(title, "selective", 1000, **options)
 
 
 # The demo's recipe: many directions and pictures a step, so that int8 activations suffice.
@@ -203,6 +221,13 @@ METHODS: dict[str, Method] = {
         "DreamBooth", "dreambooth", 400, trainable="full", base_precision="as-loaded"
     ),
     "qlora": budgeted("QLoRA, r = 2", "dreambooth", 500),
+    "selective": _selective("Selective, LoRA"),
+    "selective-scales": _selective("Selective, scales", trainable="scales"),
+    "selective-constant": _selective("Selective, constant probability", strategy="constant"),
+    "selective-two-phase": _selective("Selective, two phases", strategy="two-phase"),
+    "selective-bp-low": _selective("BP-low only", strategy="bp-low"),
+    "selective-bp-high": _selective("BP-high only", strategy="bp-high"),
+    "selective-zo-high": _selective("ZO-high only", strategy="zo-high"),
 }
 
 

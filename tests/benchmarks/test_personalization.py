@@ -219,13 +219,15 @@ def test_the_key_knows_every_option():
     assert a["options"]["max_train_steps"] == BUDGET // 3 and "seed" not in a["options"]
 
 
-@pytest.mark.parametrize("name", ["zoodip", "ti-backprop", "tuneqdm-zo", "qlora"])
+@pytest.mark.parametrize(
+    "name", ["zoodip", "ti-backprop", "tuneqdm-zo", "qlora", "selective-bp-low"]
+)
 def test_a_method_learns_on_the_shipped_model(subjects_file, tmp_path, name):
     subject, *_ = read_subjects(subjects_file, lambda word: True)
     options = METHODS[name].resolved(1, False) | {"max_train_steps": 1}
     learned = learn(options, Job(subject, 0, "persona/assets/tiny-sd", tmp_path))
     assert learned.forwards >= 1 and learned.result_bytes > 1000
-    assert learned.backwards == (1 if name in ("ti-backprop", "qlora") else 0)
+    assert learned.backwards == (name in ("ti-backprop", "qlora", "selective-bp-low"))
     assert (learned.base is None) == (name in ("zoodip", "ti-backprop"))
     drawing = Drawing(steps=1, held_out=1, trained=1)
     assert len(draw(learned.family, subject, learned.word, 0, drawing).held_out) == 1
