@@ -7,8 +7,10 @@
 
 STABLE_TORCH_LIBRARY_IMPL(zo_kernels, CPU, m) {
   m.impl("add_noise_", TORCH_BOX(&zo::cpu::add_noise_));
+  m.impl("geglu_quantize", TORCH_BOX(&zo::cpu::geglu_quantize));
   m.impl("group_norm", TORCH_BOX(&zo::cpu::group_norm));
   m.impl("group_norm_quantize", TORCH_BOX(&zo::cpu::group_norm_quantize));
+  m.impl("layer_norm_quantize", TORCH_BOX(&zo::cpu::layer_norm_quantize));
   m.impl("qattention", TORCH_BOX(&zo::cpu::qattention));
   m.impl("qconv2d", TORCH_BOX(&zo::cpu::qconv2d));
   m.impl("qlinear", TORCH_BOX(&zo::cpu::qlinear));

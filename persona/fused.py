@@ -2,10 +2,10 @@
 """`fuse_`: the passes over activations between the integer layers of a diffusers model, merged.
 
 A residual block normalizes, activates and quantizes in the passes of its GroupNorm, adds the time
-embedding there, and its residual where the convolution writes. Self-attention quantizes what its
-three projections read once. The model keeps its class, its modules and their names: a block changes
-to a subclass of its own class, whose forward computes the same within rounding. Where a gradient is
-asked for, and for blocks of another make, the class of diffusers runs.
+embedding there, and its residual where the convolution writes; for attention and transformer
+blocks see `persona.fused_attention`. The model keeps its class, its modules and their names: a
+block changes to a subclass of its own class, whose forward computes the same within rounding. Where
+a gradient is asked for, and for blocks of another make, the class of diffusers runs.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from zo_kernels.nn import QuantConv2d, QuantLinear
-from zo_kernels.ops import group_norm, group_norm_quantize, qattention, quantize_rows
+from persona.fused_attention import (
+    FusedAttnProcessor,
+    FusedTransformerBlock,
+    can_fuse_attention,
+    can_fuse_block,
+)
+from zo_kernels.nn import QuantConv2d
+from zo_kernels.ops import group_norm, group_norm_quantize
 
 
 def fuse_(model: nn.Module) -> int:
@@ -37,9 +44,12 @@ def fuse_(model: nn.Module) -> int:
         if type(module) is ResnetBlock2D and _can_fuse(module):
             module.__class__ = FusedResnetBlock2D
             count += 1
-        elif type(module) is Attention and _is_plain(module):
+        elif type(module) is Attention and can_fuse_attention(module):
             processor: Any = FusedAttnProcessor()  # diffusers lists the processors it knows
             module.set_processor(processor)
+            count += 1
+        elif type(module) is BasicTransformerBlock and can_fuse_block(module):
+            module.__class__ = FusedTransformerBlock
             count += 1
     return count
 
@@ -51,7 +61,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if (
             torch.is_grad_enabled()
             or (self.training and self.dropout.p > 0)
-            or not _are_integer(self.conv1, self.conv2)  # wrapped since, as by an adapter
+            or not _are_integer(self)  # wrapped since, as by an adapter
         ):
             return super().forward(input_tensor, temb, *args, **kwargs)
         hidden = _norm_conv(self.norm1, self.conv1, input_tensor)
@@ -73,12 +83,12 @@ def _can_fuse(block: Any) -> bool:
         and (block.time_emb_proj is None or not block.skip_time_act)
         and block.output_scale_factor == 1
         and all(type(norm) is nn.GroupNorm for norm in (block.norm1, block.norm2))
-        and _are_integer(block.conv1, block.conv2)
+        and _are_integer(block)
     )
 
 
-def _are_integer(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in layers)
+def _are_integer(block: Any) -> bool:
+    return all(isinstance(conv, QuantConv2d) for conv in (block.conv1, block.conv2))
 
 
 def _norm_conv(
@@ -99,63 +109,3 @@ def _norm_conv(
         return conv(y, residual=residual)
     codes, scale = y
     return conv(codes, x_scale=scale, residual=residual, out_dtype=x.dtype)
-
-
-class FusedAttnProcessor(AttnProcessor2_0):
-    """Attention that quantizes what q, k and v share once, and divides by nothing; in fixed point
-    where its layers multiply int8."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if torch.is_grad_enabled() or attention_mask is not None or hidden_states.dim() != 3:
-            return super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
-            )
-        if encoder_hidden_states is None:
-            projected = _project((attn.to_q, attn.to_k, attn.to_v), hidden_states)
-        else:
-            projected = [
-                attn.to_q(hidden_states),
-                *_project((attn.to_k, attn.to_v), encoder_hidden_states),
-            ]
-        project_out, dropout = attn.to_out
-        return dropout(project_out(_attend(attn, *projected)))
-
-
-def _is_plain(attn: Any) -> bool:
-    return (
-        type(attn.processor) is AttnProcessor2_0
-        and attn.spatial_norm is None
-        and attn.group_norm is None
-        and not attn.norm_cross
-        and attn.norm_q is None
-        and attn.norm_k is None
-        and not attn.residual_connection
-        and attn.rescale_output_factor == 1
-        and _are_integer(attn.to_q, attn.to_k, attn.to_v)
-    )
-
-
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Heads side by side: [B, M, heads * d], and [B, L, heads * d] twice, to [B, M, heads * d]."""
-    if _are_integer(attn.to_q) and attn.to_q.spec.act_bits == 8:
-        return qattention(query, key, value, attn.heads)
-    heads = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (query, key, value))
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-
-
-def _project(layers: tuple[Any, ...], x: Tensor) -> list[Tensor]:
-    if not _are_integer(*layers) or any(
-        layer.spec.act_bits != 8 or layer.in_scale is not None for layer in layers
-    ):
-        return [layer(x) for layer in layers]
-    codes, scale = quantize_rows(x)
-    return [layer(codes, x_scale=scale, out_dtype=x.dtype) for layer in layers]

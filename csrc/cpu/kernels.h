@@ -6,6 +6,7 @@
 #include "cpu/group_norm.h"
 #include "cpu/product.h"
 #include "cpu/quantize.h"
+#include "cpu/row_norm.h"
 
 namespace zo::cpu {
 
@@ -17,6 +18,8 @@ struct Kernels {
   uint32_t (*largest)(const Quantize& q, int64_t begin, int64_t end);
   // Codes and sums of rows [begin, end) whose largest magnitude has these bits.
   void (*quantize)(const Quantize& q, int64_t begin, int64_t end, uint32_t largest);
+  // Sums of codes [rows][groups][channels / groups]; whether -128 is among them.
+  bool (*add_up)(const int8_t* codes, int64_t rows, int64_t channels, int64_t groups, int32_t* sums);
   // Rows [begin, end) as fp32 [rows][channels], times in_scale.
   void (*widen)(const Quantize& q, int64_t begin, int64_t end, float* out);
 
@@ -27,6 +30,10 @@ struct Kernels {
   // `largest` and `quantize` of y.
   uint32_t (*largest_normalized)(const Norm& n, int64_t begin, int64_t end);
   void (*quantize_normalized)(const Norm& n, int64_t begin, int64_t end, uint32_t largest, int8_t* codes);
+
+  // Codes and scales of rows [begin, end): of layer_norm(x), and of x gelu(gate) where a row of x is both, in turn.
+  void (*quantize_layer_norm)(const Rows& r, int64_t begin, int64_t end);
+  void (*quantize_geglu)(const Rows& r, int64_t begin, int64_t end);
 
   // Queries [begin, end) of a head.
   void (*attend)(const Attention& a, int64_t begin, int64_t end);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// group_norm and group_norm_quantize behind their schemas.
+// group_norm, group_norm_quantize, layer_norm_quantize and geglu_quantize behind their schemas.
 #include <algorithm>
 #include <cmath>
 
@@ -156,6 +156,53 @@ std::tuple<Tensor, Tensor> group_norm_quantize(Tensor x, int64_t groups, MaybeTe
   });
   for (int64_t b = 0; b < x.size(0); ++b) scales[b] = scale_of(most.of(b));
   return {channels_first(codes), scale};
+}
+
+namespace {
+
+// Codes [..., channels] and scales [...] of the rows of x.
+std::tuple<Tensor, Tensor> quantize_each_row(const std::string& op, const Tensor& x, int64_t channels, Rows r,
+                                             void (*run)(const Rows&, int64_t, int64_t)) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = channels;
+  const std::vector<int64_t> lead(shape.begin(), shape.end() - 1);
+  Tensor codes = torch::stable::new_empty(x, shape, ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(x, lead, ScalarType::Float);
+  if (codes.numel() == 0) return {codes, scale};
+  r.x = x.const_data_ptr();
+  r.dtype = dtype_of(op, "x", x);
+  r.channels = channels;
+  r.stride = x.size(x.dim() - 1);
+  r.codes = static_cast<int8_t*>(codes.mutable_data_ptr());
+  r.scale = static_cast<float*>(scale.mutable_data_ptr());
+  parallel_for(0, codes.numel() / channels, std::max<int64_t>(1, kGrain / channels),
+               [&](int64_t begin, int64_t end) { run(r, begin, end); });
+  return {codes, scale};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> layer_norm_quantize(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
+                  "layer_norm_quantize: x must be [..., K] on the CPU; call zo_kernels.ops.layer_norm_quantize");
+  const int64_t channels = x.size(x.dim() - 1);
+  for (const MaybeTensor* t : {&weight, &bias}) {
+    STD_TORCH_CHECK(!*t || (*t)->numel() == channels, "layer_norm_quantize: weight and bias must be [", channels,
+                    "], got others; check which layer x feeds");
+  }
+  const Tensor w = weight ? floats(*weight) : Tensor(), b = bias ? floats(*bias) : Tensor();
+  Rows r{};
+  r.weight = weight ? static_cast<const float*>(w.const_data_ptr()) : nullptr;
+  r.bias = bias ? static_cast<const float*>(b.const_data_ptr()) : nullptr;
+  r.eps = static_cast<float>(eps);
+  return quantize_each_row("layer_norm_quantize", torch::stable::contiguous(x), channels, r, kernels().quantize_layer_norm);
+}
+
+std::tuple<Tensor, Tensor> geglu_quantize(Tensor x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) >= 2 && x.size(x.dim() - 1) % 2 == 0,
+                  "geglu_quantize: x must be [..., 2 K] on the CPU; call zo_kernels.ops.geglu_quantize");
+  return quantize_each_row("geglu_quantize", torch::stable::contiguous(x), x.size(x.dim() - 1) / 2, Rows{},
+                           kernels().quantize_geglu);
 }
 
 }  // namespace zo::cpu

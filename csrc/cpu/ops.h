@@ -37,6 +37,11 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> group_norm_quantize(tor
                                                                              double eps, MaybeTensor shift,
                                                                              std::string activation);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> layer_norm_quantize(torch::stable::Tensor x, MaybeTensor weight,
+                                                                             MaybeTensor bias, double eps);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> geglu_quantize(torch::stable::Tensor x);
+
 torch::stable::Tensor qattention(torch::stable::Tensor query, torch::stable::Tensor key, torch::stable::Tensor value,
                                  int64_t heads, double scale);
 

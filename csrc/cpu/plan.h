@@ -53,16 +53,25 @@ struct Geometry {
 
 // Where output pixel `row` lies.
 struct Position {
-  int64_t sample, top, left;  // of the pixel that it sees through the first tap
+  int64_t sample, row, column;
 
-  Position(const Geometry& g, int64_t row)
-      : sample(row / (g.out_height * g.out_width)),
-        top(row / g.out_width % g.out_height * g.stride[0] - g.padding[0]),
-        left(row % g.out_width * g.stride[1] - g.padding[1]) {}
+  Position(const Geometry& g, int64_t pixel)
+      : sample(pixel / (g.out_height * g.out_width)),
+        row(pixel / g.out_width % g.out_height),
+        column(pixel % g.out_width) {}
+
+  void next(const Geometry& g) {
+    if (++column < g.out_width) return;
+    column = 0;
+    if (++row < g.out_height) return;
+    row = 0;
+    ++sample;
+  }
 
   // Index of the input pixel that it sees through a tap, or -1 in the padding.
   int64_t seen_through(const Geometry& g, int64_t tap) const {
-    const int64_t i = top + tap / g.kernel[1] * g.dilation[0], j = left + tap % g.kernel[1] * g.dilation[1];
+    const int64_t i = row * g.stride[0] - g.padding[0] + tap / g.kernel[1] * g.dilation[0];
+    const int64_t j = column * g.stride[1] - g.padding[1] + tap % g.kernel[1] * g.dilation[1];
     if (i < 0 || i >= g.height || j < 0 || j >= g.width) return -1;
     return (sample * g.height + i) * g.width + j;
   }

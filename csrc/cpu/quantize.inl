@@ -127,6 +127,37 @@ void widen_here(const Quantize& q, int64_t begin, int64_t end, float* out) {
   });
 }
 
+bool add_up_here(const int8_t* codes, int64_t rows, int64_t channels, int64_t groups, int32_t* sums) {
+  constexpr int kBytes = 4 * W;
+  const typename D::Narrow ones = [] {
+    alignas(64) uint8_t bytes[kBytes];
+    std::fill_n(bytes, kBytes, uint8_t{1});
+    return D::Narrow::load(bytes);
+  }();
+  const U low = V::set(0x01010101u), high = V::set(0x80808080u);
+  U found = V::set(0u);
+  const int64_t size = channels / groups;
+  for (int64_t i = 0; i < rows * groups; ++i) {
+    U sum = V::set(0u);
+    const auto add = [&](U x) {
+      sum = D::Narrow::dot(sum, ones, x);
+      // The high bit of a byte that is 0 once its sign is turned; of those above it too, maybe.
+      const U turned = V::bit_xor(x, high);
+      found = V::bit_or(found, V::bit_and(V::sub(turned, low), V::bit_and(V::bit_xor(turned, high), high)));
+    };
+    const int8_t* row = codes + i * size;
+    int64_t c = 0;
+    for (; c + kBytes <= size; c += kBytes) add(V::load_words(reinterpret_cast<const int32_t*>(row + c)));
+    if (c < size) {
+      alignas(64) int8_t last[kBytes] = {};
+      std::memcpy(last, row + c, static_cast<size_t>(size - c));
+      add(V::load_words(reinterpret_cast<const int32_t*>(last)));
+    }
+    sums[i] = D::total(sum);
+  }
+  return largest_lane(V::bit_and(V::template shift_right<1>(found), V::set(0x7FFFFFFFu))) != 0;
+}
+
 void quantize_here(const Quantize& q, int64_t begin, int64_t end, uint32_t largest) {
   with_pointer(q, [&](auto x) { quantize_from(q, x, begin, end, largest); });
 }

@@ -141,21 +141,10 @@ Pixels integer_pixels(const Layer& l, const Tensor& x, int64_t pixels, int64_t c
   int8_t* copy = padded == channels ? nullptr : memory.take<int8_t>(pixels * padded);
   std::atomic<bool> has_minus_128{false};
   parallel_for(0, pixels, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
-    bool found = false;
-    for (int64_t i = begin; i < end; ++i) {
-      const int8_t* row = from + i * channels;
-      for (int64_t g = 0; g < groups; ++g) {
-        int32_t sum = 0;
-        for (int64_t c = g * (channels / groups); c < (g + 1) * (channels / groups); ++c) {
-          sum += row[c];
-          found |= row[c] == -128;
-        }
-        sums[i * groups + g] = sum;
-      }
-      if (copy != nullptr) {
-        std::copy_n(row, channels, copy + i * padded);
-        std::fill_n(copy + i * padded + channels, padded - channels, int8_t{0});
-      }
+    const bool found = kernels().add_up(from + begin * channels, end - begin, channels, groups, sums + begin * groups);
+    for (int64_t i = begin; i < end && copy != nullptr; ++i) {
+      std::copy_n(from + i * channels, channels, copy + i * padded);
+      std::fill_n(copy + i * padded + channels, padded - channels, int8_t{0});
     }
     if (found) has_minus_128 = true;
   });
@@ -219,8 +208,8 @@ void fill_tables(Product& p, const Geometry& g, const Pixels& a, bool per_sample
   parallel_for(0, tiles, std::max<int64_t>(1, 1024 / (p.taps + p.groups)), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = row_of(p, t);
-      for (int64_t i = 0; i < rows_of(p, t); ++i) {
-        const Position at(g, first + i);
+      Position at(g, first);
+      for (int64_t i = 0; i < rows_of(p, t); ++i, at.next(g)) {
         if (scale != nullptr) scale[t * kTile + i] = a.scale[per_sample ? at.sample : first + i];
         if (sums != nullptr && p.groups == 1) sums[t * kTile + i] = 0;
         for (int64_t tap = 0; tap < p.taps; ++tap) {

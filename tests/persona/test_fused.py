@@ -4,8 +4,10 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 
-from persona.fused import FusedAttnProcessor, FusedResnetBlock2D, fuse_
+from persona.fused import FusedResnetBlock2D, fuse_
+from persona.fused_attention import FusedAttnProcessor, FusedTransformerBlock
 from zo_kernels.nn import perturbed, set_scales_, trainable_scales
 from zo_kernels.quant import QuantConfig, quantize_
 
@@ -57,6 +59,23 @@ def test_same_prediction(spec):
     assert list(unet.state_dict()) == names
     assert any(isinstance(m, FusedResnetBlock2D) for m in unet.modules())
     assert any(isinstance(p, FusedAttnProcessor) for p in unet.attn_processors.values())
+    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    assert all(isinstance(m, FusedTransformerBlock) == ("a8" in spec) for m in blocks)
+
+
+def test_a_processor_set_later_is_asked():
+    unet = _unet("w8a8")
+    fuse_(unet)
+    calls = []
+
+    class Mine:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            calls.append(attn)
+            return torch.zeros_like(hidden_states)
+
+    unet.set_attn_processor(Mine())
+    _run(unet)
+    assert len(calls) == len(unet.attn_processors)
 
 
 def test_perturbations_reach_the_fused_layers():

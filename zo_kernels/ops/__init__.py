@@ -3,8 +3,10 @@
 
 from zo_kernels._registry import use_backend
 from zo_kernels.ops.add_noise import add_noise_
+from zo_kernels.ops.geglu_quantize import geglu_quantize
 from zo_kernels.ops.group_norm import group_norm
 from zo_kernels.ops.group_norm_quantize import group_norm_quantize
+from zo_kernels.ops.layer_norm_quantize import layer_norm_quantize
 from zo_kernels.ops.qattention import qattention
 from zo_kernels.ops.qconv2d import qconv2d
 from zo_kernels.ops.qlinear import qlinear
@@ -14,8 +16,10 @@ from zo_kernels.ops.zo_sgd import zo_sgd_
 
 __all__ = [
     "add_noise_",
+    "geglu_quantize",
     "group_norm",
     "group_norm_quantize",
+    "layer_norm_quantize",
     "qattention",
     "qconv2d",
     "qlinear",
