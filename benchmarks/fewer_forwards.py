@@ -11,30 +11,27 @@ appended as it finishes; rows that are there are not made again.
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import line_chart
+from benchmarks.curve_tables import write_tables
+from benchmarks.personal_methods import pictures_a_step
 from benchmarks.personal_scores import Drawing, Judge
 from benchmarks.personal_subjects import Subject, read_subjects
 from benchmarks.personal_tables import read_rows
 from benchmarks.personalization import check_count, integers, known_names, one_token, row_key
-from benchmarks.timing import machine
 from persona.base import load_base
 from persona.config import TextualInversionConfig
 from persona.data import load_folder, to_pixels
 from persona.errors import UserError
 from persona.evaluate import Scorer
 from persona.families import StableDiffusion, load_pipeline
-from persona.files import append_text, make_folder, write_image, write_json
+from persona.files import append_text, make_folder
 from persona.methods.textual_inversion import TextualInversion
 
 ROWS = Path("benchmarks/results/fewer_forwards.jsonl")
@@ -42,10 +39,12 @@ POINTS = (48, 96, 192, 384, 768, 1536)  # pictures through the UNet
 DRAWN = (192, 384, 768, 1536)  # at these, pictures are drawn too
 TIMES = 8  # fixed timesteps
 TOKEN = "<subject>"
-COLORS = ("#444444", "#999999", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd")
-Point = tuple[float, float]  # pictures through the UNet, figure
 
-_OURS: dict[str, Any] = {
+# One direction and one picture a step, floating activations as in the paper; and many of both, so
+# that int8 activations suffice.
+_SMALL: dict[str, Any] = {"zo_n": 1, "zo_estimator": "two_sided", "zo_subspace": "off"}
+_WORDS = _SMALL | {"zo_space": "vocabulary", "learning_rate": 1e-2}
+_LARGE: dict[str, Any] = {
     "train_batch_size": 4,
     "zo_n": 4,
     "zo_estimator": "two_sided",
@@ -58,11 +57,19 @@ _OURS: dict[str, Any] = {
     "max_timestep": 1000,
 }
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "paper": {"adam_epsilon": 1e-8},
+    "paper": TextualInversionConfig.presets["paper"],
     "released-code": TextualInversionConfig.presets["released-code"],
-    "one-sided": _OURS | {"zo_estimator": "one_sided", "zo_n": 7},
-    "two-sided": _OURS,
-    "vocabulary": _OURS | {"zo_space": "vocabulary"},
+    "default": {},
+    "default, no subspace": {"zo_subspace": "off"},
+    "default, random subspace": {"zo_subspace": "random"},
+    "one direction, two-sided": _SMALL,
+    "the same, shaped by the vocabulary": _WORDS,
+    "rank 64 of it": _WORDS | {"zo_rank": 64},
+    "64 random dimensions": _WORDS | {"zo_space": "random", "zo_rank": 64},
+    "shaped, averaged": _WORDS | {"average": 0.98},
+    "shaped, cosine": _WORDS | {"learning_rate": 2e-2, "learning_rate_schedule": "cosine"},
+    "shaped, 32 fixed draws": _WORDS | {"fixed_draws": 32},
+    "four directions, four pictures": _LARGE,
 }
 
 
@@ -131,98 +138,9 @@ class Curve:
         return judge.likeness(images, self.subject, style)["cosine"]
 
 
-def reached(curve: Sequence[Point], level: float) -> float | None:
-    """Pictures at which a falling curve of (pictures, loss) first meets `level`, linear between its
-    points; None: nowhere."""
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if y0 > level >= y1:
-            return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)
-    return None
-
-
-def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[Point]]:
-    """Estimator to (pictures, mean over its subjects and seeds)."""
-    points: dict[str, dict[int, list[Point]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        for i, at in enumerate(row["curve"]):
-            if figure in at:
-                points[row["estimator"]][i].append((at["pictures"], at[figure]))
-    return {
-        name: [
-            (statistics.mean(x for x, _ in values), statistics.mean(y for _, y in values))
-            for values in by_point.values()
-        ]
-        for name, by_point in points.items()
-    }
-
-
-def tables(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Final figures with their spread over seeds, and pictures to the paper's last loss."""
-    lines = []
-    curves = mean_curves(rows, "held_out_loss")
-    target = curves["paper"][-1][1] if "paper" in curves else None
-    for name in (n for n in ESTIMATORS if n in curves):
-        own = [row for row in rows if row["estimator"] == name]
-        needed = reached(curves[name], target) if target is not None else None
-        budget = curves[name][-1][0]
-        if name == "paper":
-            needed = budget
-        lines.append(
-            [
-                name,
-                len({row["subject"] for row in own}),
-                len({row["seed"] for row in own}),
-                *(_final(own, figure) for figure in ("trained_loss", "held_out_loss", "fidelity")),
-                f"{budget:.0f}",
-                "not reached" if needed is None else f"{needed:.0f}",
-            ]
-        )
-    columns = [
-        "estimator",
-        "subjects",
-        "seeds",
-        "trained loss",
-        "held-out loss",
-        "subject fidelity",
-        "pictures",
-        "pictures to the paper's last held-out loss",
-    ]
-    title = "After the budget: mean over subjects, +- standard deviation over seeds"
-    return [{"title": title, "columns": columns, "rows": lines}]
-
-
-def _final(rows: Sequence[dict[str, Any]], figure: str) -> str:
-    by_seed = defaultdict(list)
-    for row in rows:
-        by_seed[row["seed"]].append(row["curve"][-1].get(figure, float("nan")))
-    means = [statistics.mean(values) for values in by_seed.values()]
-    spread = f" +- {statistics.stdev(means):.4f}" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.4f}{spread}"
-
-
-def write_tables(out: Path) -> None:
-    rows = [row for row in read_rows(out) if row["estimator"] in ESTIMATORS]
-    if not rows:
-        return
-    content = {
-        "title": "Fewer forwards for textual inversion",
-        "command": "python -m benchmarks.fewer_forwards --subjects FILE.npz",
-        "machine": machine(),
-        "note": __doc__.split("\n\n")[2].replace("\n", " "),
-        "tables": tables(rows),
-    }
-    write_json(out.with_suffix(".json"), content, "out")
-    panels = []
-    for figure, title in (("trained_loss", "Trained styles"), ("held_out_loss", "Held-out style")):
-        curves = mean_curves(rows, figure)
-        lines = [
-            line_chart.Line(name, color, curves[name][1:])
-            for name, color in zip(ESTIMATORS, COLORS, strict=False)
-            if name in curves
-        ]
-        label = "pictures through the UNet"
-        panels.append(line_chart.Panel(f"{title}: denoising loss", label, lines, linear=True))
-    write_image(out.with_suffix(".png"), line_chart.draw(panels), "out")
+def steps_of(options: dict[str, Any]) -> int:
+    """Steps that the last point allows: where a schedule ends."""
+    return POINTS[-1] // pictures_a_step({"command": "ti", **options})
 
 
 def fill(given: argparse.Namespace) -> None:
@@ -235,7 +153,8 @@ def fill(given: argparse.Namespace) -> None:
     for subject in subjects[: given.subjects_count]:
         for seed in given.seeds:
             for name in given.estimators:
-                case = {"options": ESTIMATORS[name], "points": POINTS, "drawn": DRAWN, "seed": seed}
+                options = ESTIMATORS[name] | {"max_train_steps": steps_of(ESTIMATORS[name])}
+                case = {"options": options, "points": POINTS, "drawn": DRAWN, "seed": seed}
                 key = row_key(case | {"digest": subject.digest, "model": Path(given.model).name})
                 if key not in known:
                     row = {"key": key, "estimator": name, "subject": subject.name, "seed": seed}
@@ -246,14 +165,14 @@ def fill(given: argparse.Namespace) -> None:
                             placeholder_token=TOKEN,
                             initializer_token=subject.word,
                             seed=seed,
-                            **ESTIMATORS[name],
+                            **options,
                         )
                         row["curve"] = Curve(config, subject, judge).run(POINTS, DRAWN)
                     append_text(given.out, json.dumps(row) + "\n")
                     known.add(key)
                     last = {k: round(v, 4) for k, v in row["curve"][-1].items()}
                     print(f"{subject.name}, seed {seed}, {name}: {last}", flush=True)
-        write_tables(given.out)
+        write_tables(given.out, list(ESTIMATORS), __doc__.split("\n\n")[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,13 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fewer_forwards")
     parser.add_argument("--subjects", type=Path, required=True, help=".npz with a .jsonl beside it")
     parser.add_argument("--model", default="persona/assets/tiny-sd", help="diffusers folder")
-    parser.add_argument("--estimators", default=",".join(ESTIMATORS), help="default: all")
+    parser.add_argument("--estimators", default=";".join(ESTIMATORS), help="with ; between")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--subjects_count", type=int, help="the first so many; default: all")
     parser.add_argument("--out", type=Path, default=ROWS, help="file of rows, .jsonl")
     given = parser.parse_args(arguments)
     try:
-        given.estimators = known_names("estimators", given.estimators, ESTIMATORS)
+        given.estimators = known_names("estimators", given.estimators, ESTIMATORS, ";")
         given.seeds = integers(given.seeds)
         make_folder(given.out.parent, "out")
         fill(given)

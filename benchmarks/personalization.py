@@ -199,12 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def known_names(option: str, text: str, known: Collection[str]) -> list[str]:
-    """Names separated by commas, all of them known."""
-    names = [name for name in text.split(",") if name]
+def known_names(option: str, text: str, known: Collection[str], mark: str = ",") -> list[str]:
+    """Names separated by `mark`, all of them known."""
+    names = [name for name in text.split(mark) if name]
     if not names or not set(names) <= set(known):
         raise UserError(
-            f"{option}: must be among {', '.join(known)}, got {text!r}; separate them by commas"
+            f"{option}: must be among {', '.join(known)}, got {text!r}; put {mark!r} between them"
         )
     return names
 

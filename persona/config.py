@@ -162,6 +162,9 @@ class TextualInversionConfig(RunConfig):
         at_least=0,
         below=1,
     )
+    fixed_draws: int = option(
+        0, "train on so many draws of picture, noise and timestep; 0: fresh ones", at_least=0
+    )
     zo_n: int = option(2, "random directions a step", "n", at_least=1)
     zo_eps: float = option(1e-3, "probe radius mu, in units of the embedding", "mu", positive=True)
     zo_estimator: str = option(

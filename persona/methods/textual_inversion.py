@@ -25,6 +25,7 @@ from persona.data import Example
 from persona.errors import UserError
 from persona.export import save_embedding
 from persona.families import StableDiffusion
+from persona.fixed_batches import FixedBatches
 from persona.methods import _method
 from persona.methods._method import Method, Step
 from persona.prefix import shared_prefix
@@ -87,6 +88,11 @@ class TextualInversion(Method):
         self._copies_per_forward = config.evaluations_per_forward or self.estimator.evaluations
         word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
         self.batches = Batches(family, examples, config, word)
+        self.fixed = (
+            FixedBatches(self.batches, config.fixed_draws, config.seed)
+            if config.fixed_draws
+            else None
+        )
 
     @property
     def forwards(self) -> int:
@@ -104,7 +110,8 @@ class TextualInversion(Method):
 
     def step(self) -> Step:
         """One update of the token; a loss that is not finite is counted and leaves it as it was."""
-        batch = self.batches.draw(self.generator)
+        fixed = self.fixed
+        batch = fixed.at(self.steps) if fixed else self.batches.draw(self.generator)
         estimate = self._estimate if self.config.optimizer == "zo" else self._backpropagate
         loss, gradient = estimate(batch)
         self.steps += 1

@@ -4,14 +4,16 @@ import json
 import pytest
 
 from benchmarks import fewer_forwards, personal_memory
-from benchmarks.fewer_forwards import ESTIMATORS, mean_curves, reached, tables, write_tables
+from benchmarks.curve_tables import mean_curves, reached, tables, write_tables
+from benchmarks.fewer_forwards import ESTIMATORS, steps_of
+from benchmarks.personal_methods import pictures_a_step
 from benchmarks.report import section
 from persona.config import TextualInversionConfig
 
 
 def rows():
     made = []
-    for name, faster in (("paper", 1), ("two-sided", 4)):
+    for name, faster in (("paper", 1), ("default", 4)):
         for seed in range(3):
             curve = [
                 {"pictures": x // faster, "trained_loss": 0.3, "held_out_loss": loss + seed / 100}
@@ -30,7 +32,7 @@ def test_where_a_curve_meets_a_level():
 
 def test_the_table_counts_pictures_to_the_papers_loss():
     assert mean_curves(rows(), "held_out_loss")["paper"][-1] == (1600, pytest.approx(0.21))
-    [table] = tables(rows())
+    [table] = tables(rows(), list(ESTIMATORS))
     paper, ours = table["rows"]
     assert paper[:3] == ["paper", 1, 3] and paper[-2:] == ["1600", "1600"]
     assert ours[-2:] == ["400", "400"]
@@ -39,16 +41,17 @@ def test_the_table_counts_pictures_to_the_papers_loss():
 
 def test_a_report_with_its_curves(tmp_path):
     out = tmp_path / "fewer_forwards.jsonl"
-    write_tables(out)
+    write_tables(out, list(ESTIMATORS), "How to read it.")
     assert not out.with_suffix(".json").exists()
     out.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    write_tables(out)
+    write_tables(out, list(ESTIMATORS), "How to read it.")
     assert "| paper | 1 | 3 |" in section(out.with_suffix(".json"))
 
 
 def test_every_estimator_is_a_recipe():
     for options in ESTIMATORS.values():
-        TextualInversionConfig(**options)
+        config = TextualInversionConfig(**options, max_train_steps=steps_of(options))
+        assert 1500 < pictures_a_step({"command": "ti", **options}) * config.max_train_steps <= 1536
 
 
 @pytest.mark.parametrize(

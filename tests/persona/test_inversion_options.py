@@ -132,6 +132,7 @@ def test_a_cosine_cannot_be_resumed_with_another_end(options):
         BP,
         {"zo_estimator": "one_point", "zo_eps": 0.1},
         {"zo_space": "vocabulary", "zo_rank": 7, "average": 0.9, "zo_eps": 0.1},
+        {"fixed_draws": 3, "zo_estimator": "two_sided", "zo_eps": 0.1},
         {"zo_subspace": "centred", "learning_rate_schedule": "cosine", "zo_eps": 0.1},
     ],
     ids=str,
@@ -149,6 +150,21 @@ def test_a_run_resumes_to_the_bit(options, make_method, changes):
     here, there = straight.state_dict(), second.state_dict()
     assert all(here[name].equal(there[name]) for name in here)
     assert straight.forwards == second.forwards
+
+
+def test_fixed_draws_come_equally_often(options, make_method):
+    method = make_method(
+        options(fixed_draws=6, train_batch_size=4, min_timestep=100, max_timestep=160)
+    )
+    seen = [t for step in range(6) for t in method.fixed.at(step).t.tolist()]
+    members = method.fixed.members.t.tolist()
+    assert sorted(seen) == sorted(4 * members) and seen[:6] != seen[6:12]
+    assert [t // 10 for t in members] == [10, 11, 12, 13, 14, 15]  # one in each part of the window
+    first, again = method.fixed.at(0), method.fixed.at(0)
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    state = method.generator.get_state()
+    method.step()
+    assert method.generator.get_state().equal(state)
 
 
 def test_one_point_compares_neighbours(options, make_method):

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of `benchmarks.fewer_forwards` as a table and a chart for the report."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks import line_chart
+from benchmarks.personal_tables import read_rows
+from benchmarks.timing import machine
+from persona.files import write_image, write_json
+
+COLORS = (
+    *("#444444", "#999999", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#2f4f4f", "#b8860b"),
+)
+Point = tuple[float, float]  # pictures through the UNet, figure
+
+
+def reached(curve: Sequence[Point], level: float) -> float | None:
+    """Pictures at which a falling curve of (pictures, loss) first meets `level`, linear between its
+    points; None: nowhere."""
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if y0 > level >= y1:
+            return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)
+    return None
+
+
+def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[Point]]:
+    """Estimator to (pictures, mean over its subjects and seeds)."""
+    points: dict[str, dict[int, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for i, at in enumerate(row["curve"]):
+            if figure in at:
+                points[row["estimator"]][i].append((at["pictures"], at[figure]))
+    return {
+        name: [
+            (statistics.mean(x for x, _ in values), statistics.mean(y for _, y in values))
+            for values in by_point.values()
+        ]
+        for name, by_point in points.items()
+    }
+
+
+def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Final figures with their spread over seeds, and pictures to the paper's last loss."""
+    lines = []
+    curves = mean_curves(rows, "held_out_loss")
+    target = curves["paper"][-1][1] if "paper" in curves else None
+    for name in (n for n in names if n in curves):
+        own = [row for row in rows if row["estimator"] == name]
+        needed = reached(curves[name], target) if target is not None else None
+        budget = curves[name][-1][0]
+        if name == "paper":
+            needed = budget
+        lines.append(
+            [
+                name,
+                len({row["subject"] for row in own}),
+                len({row["seed"] for row in own}),
+                *(_final(own, figure) for figure in ("trained_loss", "held_out_loss", "fidelity")),
+                f"{budget:.0f}",
+                "not reached" if needed is None else f"{needed:.0f}",
+            ]
+        )
+    columns = [
+        "estimator",
+        "subjects",
+        "seeds",
+        "trained loss",
+        "held-out loss",
+        "subject fidelity",
+        "pictures",
+        "pictures to the paper's last held-out loss",
+    ]
+    title = "After the budget: mean over subjects, +- standard deviation over seeds"
+    return [{"title": title, "columns": columns, "rows": lines}]
+
+
+def _final(rows: Sequence[dict[str, Any]], figure: str) -> str:
+    by_seed = defaultdict(list)
+    for row in rows:
+        by_seed[row["seed"]].append(row["curve"][-1].get(figure, float("nan")))
+    means = [statistics.mean(values) for values in by_seed.values()]
+    spread = f" +- {statistics.stdev(means):.4f}" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.4f}{spread}"
+
+
+def write_tables(out: Path, names: Sequence[str], note: str) -> None:
+    """Table and chart of the estimators `names`, beside the rows; nothing where there are none."""
+    rows = [row for row in read_rows(out) if row["estimator"] in names]
+    if not rows:
+        return
+    content = {
+        "title": "Fewer forwards for textual inversion",
+        "command": "python -m benchmarks.fewer_forwards --subjects FILE.npz",
+        "machine": machine(),
+        "note": " ".join(note.split()),
+        "tables": tables(rows, names),
+    }
+    write_json(out.with_suffix(".json"), content, "out")
+    panels = []
+    for figure, title in (("trained_loss", "Trained styles"), ("held_out_loss", "Held-out style")):
+        curves = mean_curves(rows, figure)
+        lines = [
+            line_chart.Line(name, color, curves[name][1:])
+            for name, color in zip(names, COLORS, strict=False)
+            if name in curves
+        ]
+        label = "pictures through the UNet"
+        panels.append(line_chart.Panel(f"{title}: denoising loss", label, lines, linear=True))
+    write_image(out.with_suffix(".png"), line_chart.draw(panels), "out")
