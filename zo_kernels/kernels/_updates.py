@@ -19,6 +19,7 @@ from torch import Tensor
 
 from zo_kernels import rng
 from zo_kernels._arithmetic import LARGEST, SMALLEST_NORMAL
+from zo_kernels.kernels._noise import noise, words
 
 FUSED = False
 BLOCKS = {"normal": 256, "rademacher": 16}  # Philox blocks of a program
@@ -26,84 +27,9 @@ WARPS = 4
 # Change from call to call without a new kernel.
 RUNTIME = ["n", "seed", "stream", "terms", "round_draw"]
 
-_M0, _M1 = (tl.constexpr(m) for m in rng.MULTIPLIERS)
-_W0, _W1 = (tl.constexpr(w) for w in rng.WEYL)
-_LOG, _SIN, _COS = tl.constexpr(rng.LOG), tl.constexpr(rng.SIN), tl.constexpr(rng.COS)
-_MINUS_2_LN_2 = tl.constexpr(rng.MINUS_2_LN_2)
-_SQRT_HALF_BITS = tl.constexpr(rng.SQRT_HALF_BITS)
-_EXPONENT_32 = tl.constexpr(rng.EXPONENT_32)
-_ANGLE_UNIT = tl.constexpr(2.0**-31)
 _UNITS = tl.constexpr(2.0**40)
 _BF16_LARGEST, _FP16_LARGEST = (tl.constexpr(LARGEST[x]) for x in ("bfloat16", "float16"))
 _SMALLEST_NORMAL = tl.constexpr(SMALLEST_NORMAL)
-
-
-@triton.jit
-def _philox(c0, c1, c2, c3, k0, k1):  # uint32, broadcast together
-    for _ in tl.static_range(10):
-        hi0, lo0 = tl.umulhi(c0, _M0), c0 * _M0
-        hi1, lo1 = tl.umulhi(c2, _M1), c2 * _M1
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = k0 + _W0, k1 + _W1
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _words(block, stream, draw, seed):  # int64
-    return _philox(
-        block.to(tl.uint32),
-        stream.to(tl.uint32),
-        draw.to(tl.uint32),
-        (draw >> 32).to(tl.uint32),
-        seed.to(tl.uint32),
-        (seed >> 32).to(tl.uint32),
-    )
-
-
-@triton.jit
-def _horner(COEFFICIENTS: tl.constexpr, N: tl.constexpr, x):
-    y = x * COEFFICIENTS[N - 1] + COEFFICIENTS[N - 2]
-    for i in tl.static_range(3, N + 1):
-        y = y * x + COEFFICIENTS[N - i]
-    return y
-
-
-@triton.jit
-def _radius(word):
-    bits = (word | 1).to(tl.float32).to(tl.int32, bitcast=True)
-    offset = bits - (_SQRT_HALF_BITS + _EXPONENT_32)
-    exponent = (offset >> 23).to(tl.float32)
-    t = ((offset & 0x7FFFFF) + _SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
-    return tl.sqrt_rn(exponent * _MINUS_2_LN_2 + t * _horner(_LOG, 8, t))
-
-
-@triton.jit
-def _pair(radius_word, angle_word):
-    f = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * _ANGLE_UNIT
-    y = f * f
-    sin = f * _horner(_SIN, 4, y)
-    cos = _horner(_COS, 4, y)
-    cos = tl.where((angle_word >> 31) == 1, -cos, cos)
-    swap = ((angle_word >> 30) & 1) == 1
-    radius = _radius(radius_word)
-    return radius * tl.where(swap, sin, cos), radius * tl.where(swap, cos, sin)
-
-
-@triton.jit
-def _sign(word):  # [BLOCKS, 1] -> [BLOCKS, 32]
-    bit = tl.arange(0, 32)[None, :].to(tl.uint32)
-    return (1 - 2 * ((word >> bit) & 1).to(tl.int32)).to(tl.float32)
-
-
-@triton.jit
-def _z(block, stream, draw, seed, NORMAL: tl.constexpr):
-    w0, w1, w2, w3 = _words(block, stream, draw, seed)
-    if NORMAL:
-        z0, z1 = _pair(w0, w1)
-        z2, z3 = _pair(w2, w3)
-    else:
-        z0, z1, z2, z3 = _sign(w0), _sign(w1), _sign(w2), _sign(w3)
-    return z0, z1, z2, z3
 
 
 @triton.jit
@@ -143,7 +69,7 @@ def accumulate(
         draw = tl.load(draws_ptr + j)
         factor = tl.load(factors_ptr + j)
         if (j == 0) | (draw != last):
-            z0, z1, z2, z3 = _z(block, stream, draw, seed, NORMAL)
+            z0, z1, z2, z3 = noise(block, stream, draw, seed, NORMAL)
         last = draw
         t0 += snap(factor * z0, middle, GRID)
         t1 += snap(factor * z1, middle, GRID)
@@ -156,12 +82,12 @@ def accumulate(
 def _round_bits(block, stream, draw, seed, NORMAL: tl.constexpr):
     """16 bits for each element, as a normal or a sign has it in the same place."""
     if NORMAL:
-        w0, w1, w2, w3 = _words(block // 32 * 16 + block % 16, stream, draw, seed)
+        w0, w1, w2, w3 = words(block // 32 * 16 + block % 16, stream, draw, seed)
         shift = (block // 16 % 2 * 16).to(tl.uint32)
         r0, r1, r2, r3 = w0 >> shift, w1 >> shift, w2 >> shift, w3 >> shift
     else:
         bit = tl.arange(0, 32)[None, :]
-        w0, w1, w2, w3 = _words(block * 16 + bit % 16, stream, draw, seed)
+        w0, w1, w2, w3 = words(block * 16 + bit % 16, stream, draw, seed)
         first, second = tl.where(bit < 16, w0, w1), tl.where(bit < 16, w2, w3)
         r0, r1, r2, r3 = first, second, first >> 16, second >> 16
     return r0 & 0xFFFF, r1 & 0xFFFF, r2 & 0xFFFF, r3 & 0xFFFF
