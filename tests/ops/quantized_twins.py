@@ -25,21 +25,38 @@ from zo_kernels.testing import assert_same_bits, ran
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 C = _native.binding()
 BACKENDS = ["reference"]
-if OPS["qlinear"].backends[0].available() is None:
+CPP, TRITON = OPS["qlinear"].backends
+if CPP.available() is None:
     BACKENDS += [f"cpp {isa}" for isa in C.cpu_isas_available()]
+if TRITON.available() is None:
+    BACKENDS.append("triton")
+
+
+def _on(device, value):
+    """What is a tensor, or made of them, there; strides stay."""
+    if isinstance(value, tuple):
+        return tuple(_on(device, x) for x in value)
+    if not isinstance(value, Tensor) or value.device.type == device:
+        return value
+    if 0 in value.stride():  # expanded
+        return value.to(device)
+    moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return moved.copy_(value)
 
 
 def everywhere(function, *args, **kwargs):
-    """Name and result for the reference and for each backend that runs this call."""
+    """Name and result, on the CPU, for the reference and for each backend that runs this call."""
     before = C.cpu_isa() if C is not None else None
     op = function.__name__
     for backend in BACKENDS:
         name, _, isa = backend.partition(" ")
         if isa:
             C.set_isa(isa)
+        device = "cuda" if name == "triton" else "cpu"
+        there = {k: v if k == "coeffs" else _on(device, v) for k, v in kwargs.items()}
         try:
             with use_backend(name), ran(op, name):
-                result = function(*args, **kwargs)
+                result = _on("cpu", function(*_on(device, args), **there))
         except RuntimeError as error:
             if "backend must be one that can run this call" not in str(error):
                 raise

@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel of `add_noise_` without a GPU: interpreted on the CPU."""
 
-import os
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -16,11 +11,10 @@ from zo_kernels.testing import SIZES, assert_same_bits
 triton = pytest.importorskip("triton")
 kernel = pytest.importorskip("zo_kernels.kernels.add_noise")
 
-# The interpreter makes the bound of `range` from an array; numpy warns of that.
-quiet = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+checks = pytest.importorskip("triton_checks")
 
 
-@quiet
+@checks.quiet
 @pytest.mark.interpreter
 @pytest.mark.parametrize("draws", [[0], [2**40 + 3, -7]], ids=len)
 @pytest.mark.parametrize("kind", rng.KINDS)
@@ -37,7 +31,7 @@ def test_bits(dtype, kind, draws, rounded):
         assert_same_bits(p, w)
 
 
-@quiet
+@checks.quiet
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", rng.KINDS)
 def test_misaligned_and_empty(kind):
@@ -56,8 +50,4 @@ def test_misaligned_and_empty(kind):
 @pytest.mark.slow
 def test_interpreter():
     """Runs the tests above, in a process whose Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "interpreter", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b14 passed", done.stdout), done.stdout
+    assert checks.interpreted(__file__) == 14

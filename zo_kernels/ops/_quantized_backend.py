@@ -2,43 +2,60 @@
 """The fast kernels of `quantize_rows`, `qlinear` and `qconv2d`, and what they can run."""
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zo_kernels._registry import Backend, cpp_available
-from zo_kernels.ops._quantized import Call
+from zo_kernels.kernels._triton import triton_available
+from zo_kernels.ops._quantized import Call, check_steps
 
-GROUP_STEP = 8  # codes; those of a 4-bit step of a packed weight
+GROUP_STEP = {"cpp": 8, "triton": 32}  # codes: a 4-bit step of a packed weight; an int8 product
+MOST_ROWS = 2**31 - 1  # what Triton counts in 32 bits: output rows, or elements of a picture
 
 
 def supports_quantize_rows(
-    x: Tensor, per_sample: bool = False, in_scale: Tensor | None = None
+    backend: str, x: Tensor, per_sample: bool = False, in_scale: Tensor | None = None
 ) -> str | None:
-    return "not for float64" if x.dtype == torch.float64 else None
+    if x.dtype == torch.float64:
+        return "not for float64"
+    return _too_many(backend, x[:1].numel() if per_sample else x.numel() // x.shape[-1])
 
 
-def supports_qlinear(*args: Any) -> str | None:
+def supports_qlinear(backend: str, *args: Any) -> str | None:
     call = Call(*args)
-    return _supports(call, call.x.shape[-1])
+    k = call.x.shape[-1]
+    return _too_many(backend, call.x.numel() // k) or _supports(backend, call, k)
 
 
-def supports_qconv2d(*args: Any) -> str | None:
-    kernel_size, groups = args[5], args[9]
+def supports_qconv2d(backend: str, *args: Any) -> str | None:
+    kernel_size, _, padding, _, groups = args[5:10]
     if groups != 1:
         return "only for groups=1"
     call = Call(*args[:5], *args[10:])
-    return _supports(call, call.x.shape[1] * kernel_size[0] * kernel_size[1])
+    batch, channels, height, width = call.x.shape
+    rows = batch * (height + 2 * padding[0]) * (width + 2 * padding[1])
+    most = max(rows, call.x[:1].numel())
+    k = channels * kernel_size[0] * kernel_size[1]
+    return _too_many(backend, most) or _supports(backend, call, k)
 
 
-def _supports(call: Call, k: int) -> str | None:
+def _too_many(backend: str, count: int) -> str | None:
+    if backend == "triton" and count > MOST_ROWS:
+        return "only for less than 2^31 rows, or elements of a picture"
+    return None
+
+
+def _supports(backend: str, call: Call, k: int) -> str | None:
     floats = (call.x, call.bias, call.residual)
     dtypes = {call.result_dtype, *(t.dtype for t in floats if t is not None)}
     if torch.float64 in dtypes:
         return "not for float64"
-    if call.scale_groups > 1 and k // call.scale_groups % GROUP_STEP:
-        return f"only for groups of a multiple of {GROUP_STEP} codes"
+    if call.scale_groups > 1 and k // call.scale_groups % GROUP_STEP[backend]:
+        return f"only for groups of a multiple of {GROUP_STEP[backend]} codes"
     return None
 
 
@@ -49,6 +66,20 @@ _SUPPORTS: dict[str, Callable[..., str | None]] = {
 }
 
 
-def backends(op: str) -> tuple[Backend, ...]:
-    """C++, which registers its own kernels."""
-    return (Backend("cpp", "cpu", cpp_available, _SUPPORTS[op]),)
+def launch(op: str, *args: Any) -> Any:
+    """The Triton launcher of `op`, whose file is imported at the first call."""
+    if args and isinstance(args[0], Call) and args[0].perturb == "codes":
+        assert args[0].coeffs is not None
+        check_steps(op, args[0].coeffs, args[0].headroom)
+    module = import_module(f"zo_kernels.kernels.{op}")
+    return getattr(module, f"{op}_triton")(*args)
+
+
+def backends(op: str, triton: Callable[..., Any]) -> tuple[Backend, ...]:
+    """C++, which registers its own kernels, and `triton`, which takes the arguments of the schema
+    to `launch`."""
+    supports = {name: partial(_SUPPORTS[op], name) for name in GROUP_STEP}
+    return (
+        Backend("cpp", "cpu", cpp_available, supports["cpp"]),
+        Backend("triton", "cuda", triton_available, supports["triton"], triton),
+    )

@@ -42,7 +42,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_norm.examples,
-    backends=_norm.backends(),
+    backends=_norm.backends("group_norm_quantize"),
 )
 
 
