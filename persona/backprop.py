@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from persona.config_dreambooth import BackpropConfig
+from persona.config_backprop import BackpropConfig
 from persona.optimizer_state import flatten, restore
 
 
@@ -19,7 +19,7 @@ class Backprop:
         config: learning_rate, betas, epsilon, weight decay and max_grad_norm.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: BackpropConfig) -> None:
+    def __init__(self, parameters: Iterable[Tensor], config: BackpropConfig) -> None:
         self.parameters, self.max_norm = list(parameters), config.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             self.parameters,

@@ -63,7 +63,7 @@ class Batches:
             fitted = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
             pixels = to_pixels([fitted])
             views = [pixels, pixels.flip(-1)] if self.config.random_flip else [pixels]
-            rows.append([torch.cat(self.family.encode_images(view)) for view in views])
+            rows.append([torch.cat(self.family.encode_images(view)).cpu() for view in views])
         both = torch.stack([torch.stack(row) for row in rows], 1)  # [views, pictures, 2, C, h, w]
         mean, std = both.unbind(2)
         return mean.contiguous(), std.contiguous()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of DreamBooth, and what all methods that train by backpropagation take."""
+"""Options of DreamBooth."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from persona.config import RunConfig
+from persona.config_backprop import LoraConfig
 from persona.errors import UserError
 from persona.options import option
 
@@ -13,34 +13,7 @@ PAPER = {"full": (400, 5e-6), "lora": (500, 1e-4)}
 
 
 @dataclass(frozen=True)
-class BackpropConfig(RunConfig):
-    """AdamW as diffusers' scripts set it, and LoRA's size.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    learnable_property: str = option(
-        "photo",
-        "prompts of pictures without a caption; photo: 'a photo of' the word and the class",
-        choices=("photo", "object", "style"),
-    )
-    adam_beta1: float = option(0.9, "of AdamW", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "of AdamW", at_least=0, below=1)
-    adam_epsilon: float = option(1e-8, "of AdamW, added outside the root", positive=True)
-    adam_weight_decay: float = option(1e-2, "of AdamW", at_least=0)
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to it", positive=True)
-    gradient_checkpointing: bool = option(
-        False, "compute activations twice instead of keeping them"
-    )
-    rank: int = option(2, "of the LoRA matrices", "lora_rank", at_least=1)
-    lora_targets: str = option(
-        "to_k,to_q,to_v,to_out.0", "layers of the UNet that get them: ends of their names"
-    )
-
-
-@dataclass(frozen=True)
-class DreamBoothConfig(BackpropConfig):
+class DreamBoothConfig(LoraConfig):
     """DreamBooth (arXiv 2208.12242) by backpropagation through the UNet; defaults are those of
     ZOODiP's comparison (arXiv 2503.14868, S1.5): no prior preservation, QLoRA of rank 2.
 

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from persona.config import RunConfig
+from persona.config_backprop import BackpropConfig
 from persona.errors import UserError
 from persona.intervals import Intervals
 from persona.options import option
@@ -36,7 +36,7 @@ _OPEN: dict[tuple[str, str], dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class ScaleTuningConfig(RunConfig):
+class ScaleTuningConfig(BackpropConfig):
     """Train the scales of a quantized UNet, and nothing else: PEQA, S1, S2 and TuneQDM.
 
     Presets: `paper` is TuneQDM's recipe (arXiv 2401.04339: AdamW on the scales themselves, 3e-6,
@@ -77,26 +77,11 @@ class ScaleTuningConfig(RunConfig):
     in_scale_std: float = option(
         0.0, "spread around 1 that the input scales of tuneqdm start with", at_least=0
     )
-    learnable_property: str = option(
-        "photo",
-        "prompts of pictures without a caption; photo: 'a photo of' the word and the class",
-        choices=("photo", "object", "style"),
-    )
     max_train_steps: int = option(
         0, "steps; 0: the preset's, 400 (zo: 4000)", at_least=0, may_change=True
     )
     learning_rate: float = option(
         0.0, "in units of what trains; 0: the preset's, 2e-3 (zo: 1e-4)", at_least=0
-    )
-    adam_beta1: float = option(0.9, "of AdamW (bp)", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "of AdamW (bp)", at_least=0, below=1)
-    adam_epsilon: float = option(1e-8, "of AdamW (bp), added outside the root", positive=True)
-    adam_weight_decay: float = option(
-        1e-2, "of AdamW (bp), towards the scales that were there", at_least=0
-    )
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to it (bp)", positive=True)
-    gradient_checkpointing: bool = option(
-        False, "compute activations twice instead of keeping them (bp)"
     )
     zo_n: int = option(2, "random directions a step, two forwards each (zo)", "n", at_least=1)
     zo_eps: float = option(1e-2, "probe radius, in units of what trains (zo)", "mu", positive=True)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from persona.config_dreambooth import BackpropConfig
+from persona.config_backprop import LoraConfig
 from persona.errors import UserError
 from persona.options import option
 from persona.selection import PROGRESS_CURVES, TIMESTEP_CURVES
@@ -15,7 +15,7 @@ RATES = {"lora": (1e-4, 5e-5), "scales": (2e-3, 1e-4)}
 
 
 @dataclass(frozen=True)
-class SelectiveConfig(BackpropConfig):
+class SelectiveConfig(LoraConfig):
     """Selective optimization (arXiv 2507.10029): each step either backpropagates at low resolution
     (BP-low) or probes by forward passes at high resolution (ZO-high).
 

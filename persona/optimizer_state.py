@@ -36,7 +36,7 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
 
 
-def part(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def part_of(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `prefixed`: the tensors of one part of a state."""
     start = f"{prefix}."
     return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}

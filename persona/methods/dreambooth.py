@@ -23,7 +23,7 @@ from persona.families import StableDiffusion
 from persona.files import make_folder
 from persona.methods import _method
 from persona.methods._method import Method, Step
-from persona.optimizer_state import part, prefixed
+from persona.optimizer_state import part_of, prefixed
 from zo_kernels._files import atomic_write
 
 WHOLE, WEIGHTS = "unet", "diffusion_pytorch_model.safetensors"  # diffusers' names
@@ -98,9 +98,9 @@ class DreamBooth(Method):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.steps, self.rejected = state["counts"].tolist()
         self.generator.set_state(state["generator"])
-        for name, tensor in part("parameters", state).items():
+        for name, tensor in part_of("parameters", state).items():
             self.parameters[name].copy_(tensor)
-        self.backprop.load_state_dict(part("optimizer", state))
+        self.backprop.load_state_dict(part_of("optimizer", state))
 
     def save(self, folder: Path) -> Path:
         """LoRA: a file for ``pipe.load_lora_weights``; whole: a UNet folder for diffusers."""

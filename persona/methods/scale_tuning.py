@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from persona.backprop import Backprop
 from persona.batches import Batch, Batches, losses
 from persona.config_scales import ScaleTuningConfig
 from persona.data import Example
 from persona.families import StableDiffusion
 from persona.methods import _method
 from persona.methods._method import Method, Step
+from persona.optimizer_state import part_of, prefixed
 from persona.scales import FILE, Switch, digest, save_scales
 from zo_kernels.estimators import schedule, two_sided
 from zo_kernels.nn import QuantModule, input_stream, perturbed, streams_of
@@ -139,19 +141,7 @@ class ScaleTuning(Method):
         self.batches = Batches(family, examples, config, config.subject)
         self._sample_timesteps()  # that there are some
         if config.optimizer == "bp":
-            self._prepare_backpropagation()
-
-    def _prepare_backpropagation(self) -> None:
-        config = self.config
-        for theta in self.sets.theta:
-            theta.requires_grad_()
-        self.adam = torch.optim.AdamW(
-            self.sets.theta,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-        )
+            self.backprop = Backprop([theta.requires_grad_() for theta in self.sets.theta], config)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
@@ -188,19 +178,9 @@ class ScaleTuning(Method):
         return chosen.sample(config.train_batch_size, low, high, self.generator)
 
     def _backpropagate(self, parts: list[tuple[int, Batch]], size: int) -> float:
-        total = 0.0
-        self.adam.zero_grad()
-        for _, part in parts:  # one at a time, so that the activations of one are kept
-            loss = losses(self.family, part).sum() / size
-            loss.backward()
-            total += loss.item()
-        active = [theta for theta in self.sets.theta if theta.grad is not None]
-        norm = nn.utils.clip_grad_norm_(active, self.config.max_grad_norm)
-        if torch.isfinite(norm):
-            self.adam.step()
-        else:
-            self.rejected += 1
-        self.adam.zero_grad()
+        terms = [lambda part=part: losses(self.family, part).sum() / size for _, part in parts]
+        total, accepted = self.backprop.step(*terms)
+        self.rejected += not accepted
         return total
 
     @torch.no_grad()
@@ -252,9 +232,7 @@ class ScaleTuning(Method):
             "generator": self.generator.get_state(),
         }
         if self.config.optimizer == "bp":
-            for i, theta in enumerate(self.sets.theta):
-                # A set that no step has trained yet has none.
-                state |= {f"adam.{i}.{k}": v for k, v in self.adam.state.get(theta, {}).items()}
+            state |= prefixed("optimizer", self.backprop.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -263,11 +241,8 @@ class ScaleTuning(Method):
                 theta.copy_(saved)
         self.steps, self.rejected = state["counts"].tolist()
         self.generator.set_state(state["generator"])
-        for i, theta in enumerate(self.sets.theta):
-            prefix = f"adam.{i}."
-            mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if mine:
-                self.adam.state[theta] = mine
+        if self.config.optimizer == "bp":
+            self.backprop.load_state_dict(part_of("optimizer", state))
 
     @torch.no_grad()
     def save(self, folder: Path) -> Path:

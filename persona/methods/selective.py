@@ -27,7 +27,7 @@ from persona.families import StableDiffusion
 from persona.memory import peak_of
 from persona.methods import _method
 from persona.methods._method import Method, Step
-from persona.optimizer_state import flatten, part, prefixed, restore
+from persona.optimizer_state import flatten, part_of, prefixed, restore
 from persona.selection import Selection
 from zo_kernels.optim import ZOSGD
 
@@ -160,10 +160,10 @@ class Selective(Method):
         self.steps, self.rejected, *counts = state["counts"].tolist()
         self.counts = dict(zip(KINDS, counts, strict=True))
         self.generator.set_state(state["generator"])
-        for name, tensor in part("parameters", state).items():
+        for name, tensor in part_of("parameters", state).items():
             self.parameters[name].copy_(tensor)
-        self.backprop.load_state_dict(part("bp", state))
-        restore(self.zo, part("zo", state))
+        self.backprop.load_state_dict(part_of("bp", state))
+        restore(self.zo, part_of("zo", state))
 
     def save(self, folder: Path) -> Path:
         """LoRA: a file for ``pipe.load_lora_weights``; scales: one for `persona.scales`."""
