@@ -57,7 +57,11 @@ def test_dict_round_trip_through_json():
             ValueError,
             "QuantConfig: spec must be w8, w4, .* got 'int8'",
         ),
-        ({"rounding": "nearest"}, ValueError, "rounding must be one of absmax, mse, got 'nearest'"),
+        (
+            {"rounding": "nearest"},
+            ValueError,
+            "rounding must be one of absmax, mse, l2.4, got 'nearest'",
+        ),
         ({"skip": "conv_in"}, TypeError, r"skip must be a sequence of patterns, got the string"),
         ({"fallback": "w8a16"}, ValueError, "QuantConfig: spec must be w8, w4, .* got 'w8a16'"),
         ({"headroom": 100}, ValueError, "QuantConfig: headroom must be an integer from 0 to 63"),

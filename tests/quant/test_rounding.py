@@ -4,7 +4,7 @@ import torch
 
 from zo_kernels.nn import Spec
 from zo_kernels.nn._korder import dequantized, from_rows, to_rows
-from zo_kernels.quant import absmax, mse
+from zo_kernels.quant import absmax, l24, mse
 from zo_kernels.quant import rounding as rounding_module
 from zo_kernels.quant.rounding import ROUNDINGS
 
@@ -89,7 +89,7 @@ def test_headroom(rule, headroom):
     weight = normal(9, 64)
     codes = rule(weight, "w8", headroom).codes
     assert codes.abs().max() <= 127 - headroom
-    assert rule is mse or (codes.abs().amax(1) == 127 - headroom).all()
+    assert rule is not absmax or (codes.abs().amax(1) == 127 - headroom).all()
     assert rule(weight, "w4", headroom).codes.abs().max() <= 7
 
 
@@ -107,21 +107,39 @@ def test_range_search_never_loses_and_wins_at_4_bits(spec):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_range_search_finds_the_best_of_the_80_ranges(bits):
-    """In the words of Q-Diffusion: max * (1 - 0.01 i) for i below 80, the least squared error."""
+@pytest.mark.parametrize(("rule", "order"), [(mse, 2), (l24, 2.4)])
+def test_range_search_finds_the_best_of_the_80_ranges(rule, order, bits):
+    """In the words of Q-Diffusion: max * (1 - 0.01 i) for i below 80, the least |error|^order."""
     weight = normal(6, 50) ** 3
     limit = 2 ** (bits - 1) - 1
-    _, scale, _ = mse(weight, Spec(bits))
+    _, scale, _ = rule(weight, Spec(bits))
     for row, got in zip(weight, scale, strict=True):
         tried = []
         for i in range(80):
             step = row.abs().max() * (1 - 0.01 * i) / limit
             codes = (row / step).round().clamp(-limit, limit)
-            tried.append((((codes * step - row).double() ** 2).sum().item(), step.item()))
+            error = (codes * step - row).double().abs() ** order
+            tried.append((error.sum().item(), step.item()))
         least = min(e for e, _ in tried)
         chosen = min(tried, key=lambda pair: abs(pair[1] - got.item()))
         assert chosen[1] == pytest.approx(got.item(), rel=1e-6)
         assert chosen[0] <= least * (1 + 1e-5)
+
+
+def test_asymmetric_search_by_the_2_4th_power_finds_the_best_of_the_80_ranges():
+    weight = normal(6, 50) ** 3 + 0.5
+    _, scale, zero = l24(weight, "w4-asym")
+    for row, got, offset in zip(weight, scale, zero, strict=True):
+        tried = []
+        for i in range(80):
+            low, high = (bound * (1 - 0.01 * i) for bound in row.aminmax())
+            step = (high - low) / 15
+            o = (-8 - low / step).round().clamp(-8, 7)
+            codes = ((row / step).round() + o).clamp(-8, 7)
+            error = ((codes - o) * step - row).double().abs() ** 2.4
+            tried.append((error.sum().item(), step.item(), o.item()))
+        best = min(tried)
+        assert best[1] == pytest.approx(got.item(), rel=1e-6) and best[2] == offset
 
 
 @pytest.mark.parametrize("spec", SPECS)

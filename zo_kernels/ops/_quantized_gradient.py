@@ -46,20 +46,6 @@ class Adjoint(NamedTuple):
     inputs: Callable[[Tensor, Tensor], Tensor]
 
 
-class Block(NamedTuple):
-    """Some output channels.
-
-    Attributes:
-        rows: which.
-        channels: those of x that they see.
-        groups: how many independent groups of channels these are.
-    """
-
-    rows: slice
-    channels: slice
-    groups: int
-
-
 def setup_context(ctx: Any, call: Call, layer: Layer) -> None:
     """Keep what `gradients` needs; x only where it is multiplied again.
 
@@ -105,11 +91,13 @@ def gradients(
         plain = call._replace(activation="none", out_dtype=call.wide)
         d = _DERIVATIVE[call.activation](d, again(plain))
     found["bias"] = d.reshape(-1, layer.n).sum(0)
-    if "scale" in ctx.wanted:
-        found["scale"] = _of_scale(call, layer, d, adjoint)
-    if ctx.wanted.keys() & {"x", "in_scale"}:
-        grad_a = found["x"] = _of_inputs(call, layer, d, adjoint)
-        if call.in_scale is not None:
+    wants_scale = "scale" in ctx.wanted
+    wants_inputs = bool(ctx.wanted.keys() & {"x", "in_scale"})
+    if wants_scale or wants_inputs:
+        grad_scale, grad_a = _through(call, layer, d, adjoint, wants_scale, wants_inputs)
+        found["scale"] = grad_scale
+        found["x"] = grad_a
+        if call.in_scale is not None and wants_inputs:
             found["x"] = grad_a * along_inputs(call.in_scale, layer)
         if "in_scale" in ctx.wanted:
             channels_last = (grad_a * call.x).movedim(1 if layer.per_sample else -1, -1)
@@ -117,56 +105,68 @@ def gradients(
     return {name: found[name].to(dtype) for name, dtype in ctx.wanted.items()}
 
 
-def _of_scale(call: Call, layer: Layer, d: Tensor, adjoint: Callable[[int], Adjoint]) -> Tensor:
-    x, x_scale, dtype = call.x, call.x_scale, _product_dtype(call)
-    if call.is_integer:
-        if x_scale is None:
-            x, x_scale = quantize_rows(x, layer.per_sample, call.in_scale)
-        d = d * x_scale.view(*x_scale.shape, *[1] * (d.dim() - x_scale.dim()))
-    elif call.in_scale is not None:
-        x = x.to(call.wide) * along_inputs(call.in_scale, layer)
-    a, d = x.to(dtype), d.to(dtype)
+def _through(
+    call: Call,
+    layer: Layer,
+    d: Tensor,
+    adjoint: Callable[[int], Adjoint],
+    wants_scale: bool,
+    wants_inputs: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scale and of a = x * in_scale, as far as they are wanted."""
+    wide, dtype = call.wide, _product_dtype(call)
+    a, scaled = _multiplied(call, layer, d) if wants_scale else (d, d)
+    a, scaled, d = a.to(dtype), scaled.to(dtype), d.to(dtype)
     # Made first: small results between large temporaries would leave holes in the heap.
-    found = call.scale.new_empty((layer.n, call.scale_groups), dtype=call.wide)
-    for block in _blocks(layer):
-        seen = a[:, block.channels] if layer.per_sample else a
-        weight = adjoint(block.groups).weight(seen, d[..., block.rows]).to(call.wide)
-        weight = weight * codes(call, layer, call.wide, block.rows)
-        found[block.rows] = weight.view(len(weight), call.scale_groups, -1).sum(2)
-    return found.view(call.scale.shape)
-
-
-def _of_inputs(call: Call, layer: Layer, d: Tensor, adjoint: Callable[[int], Adjoint]) -> Tensor:
-    """Of a = x * in_scale."""
-    dtype = _product_dtype(call)
-    d = d.to(dtype)
-    ranges: list[Tensor] = []  # of the channels, one after another
+    of_scale = call.scale.new_empty((layer.n, call.scale_groups, 1), dtype=wide)
+    ranges: list[Tensor] = []  # of the channels of a, one after another
     seen = -1
-    for block in _blocks(layer):
-        q = codes(call, layer, call.wide, block.rows)
-        scale = call.scale[block.rows].view(len(q), call.scale_groups, 1)
-        weight = q.view(len(q), call.scale_groups, -1).mul_(scale).view_as(q).to(dtype)
-        part = adjoint(block.groups).inputs(weight, d[..., block.rows]).to(call.wide)
-        if block.channels.start == seen:
+    for rows, channels, groups in _blocks(layer):
+        q = codes(call, layer, wide, rows)
+        grouped = q.view(len(q), call.scale_groups, -1)
+        if wants_scale:
+            some = a[:, channels] if layer.per_sample else a
+            weight = adjoint(groups).weight(some, scaled[..., rows]).to(wide)
+            of_scale[rows] = (weight.view_as(grouped) * grouped).sum(2, keepdim=True)
+        if not wants_inputs:
+            continue
+        grouped *= call.scale[rows].view(len(q), call.scale_groups, 1)
+        part = adjoint(groups).inputs(q.to(dtype), d[..., rows]).to(wide)
+        if channels.start == seen:
             ranges[-1] += part
         else:
             ranges.append(part)
-        seen = block.channels.start
-    if len(ranges) == 1:
-        return ranges[0]
-    return torch.cat(ranges, 1 if layer.per_sample else -1)
+        seen = channels.start
+    if len(ranges) > 1:
+        ranges = [torch.cat(ranges, 1 if layer.per_sample else -1)]
+    return of_scale.view(call.scale.shape), ranges[0] if ranges else d
+
+
+def _multiplied(call: Call, layer: Layer, d: Tensor) -> tuple[Tensor, Tensor]:
+    """What the codes are multiplied with, and d times what makes it a."""
+    x, x_scale = call.x, call.x_scale
+    if not call.is_integer:
+        if call.in_scale is not None:
+            x = x.to(call.wide) * along_inputs(call.in_scale, layer)
+        return x, d
+    if x_scale is None:
+        x, x_scale = quantize_rows(x, layer.per_sample, call.in_scale)
+    return x, d * x_scale.view(*x_scale.shape, *[1] * (d.dim() - x_scale.dim()))
 
 
 def _product_dtype(call: Call) -> torch.dtype:
     return torch.bfloat16 if call.x.dtype == torch.bfloat16 else call.wide
 
 
-def _blocks(layer: Layer) -> Iterator[Block]:
-    """The weight in pieces of whole panels, none above a quarter of it unless that is less than a
-    panel; where groups of channels are independent, of a part of a group or of several whole."""
+def _blocks(layer: Layer) -> Iterator[tuple[slice, slice, int]]:
+    """Output channels, the channels of x that these see, and how many independent groups those are.
+
+    Pieces of whole panels, none above half of the weight unless that is less than a panel; where
+    there are groups, a part of one or several whole.
+    """
     groups = layer.inputs // layer.channels
     per_group = layer.n // groups
-    step = max(PANEL, min(BLOCK // layer.k, layer.n // 4) // PANEL * PANEL)
+    step = max(PANEL, min(BLOCK // layer.k, layer.n // 2) // PANEL * PANEL)
     if per_group <= step:
         starts = [*range(0, layer.n, step // per_group * per_group)]
     else:
@@ -175,4 +175,4 @@ def _blocks(layer: Layer) -> Iterator[Block]:
     for start, end in zip(starts, [*starts[1:], layer.n], strict=True):
         count = max(1, (end - start) // per_group)
         first = start // per_group * layer.channels
-        yield Block(slice(start, end), slice(first, first + count * layer.channels), count)
+        yield slice(start, end), slice(first, first + count * layer.channels), count

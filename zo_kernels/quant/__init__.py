@@ -5,7 +5,7 @@ from zo_kernels.nn import Spec
 from zo_kernels.quant.checkpoint import quantize_checkpoint
 from zo_kernels.quant.config import QuantConfig
 from zo_kernels.quant.convert import QuantReport, dequantize, quantize_
-from zo_kernels.quant.rounding import Rounded, absmax, mse
+from zo_kernels.quant.rounding import Rounded, absmax, l24, mse
 from zo_kernels.quant.serialize import load_quantized, save_quantized
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Spec",
     "absmax",
     "dequantize",
+    "l24",
     "load_quantized",
     "mse",
     "quantize_",
