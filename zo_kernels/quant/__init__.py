@@ -2,6 +2,7 @@
 """Turn a float model into one that holds integers, and keep it in a file."""
 
 from zo_kernels.nn import Spec
+from zo_kernels.quant.calibrate import Reconstruction, reconstruct_
 from zo_kernels.quant.checkpoint import quantize_checkpoint
 from zo_kernels.quant.config import QuantConfig
 from zo_kernels.quant.convert import QuantReport, dequantize, quantize_
@@ -11,6 +12,7 @@ from zo_kernels.quant.serialize import load_quantized, save_quantized
 __all__ = [
     "QuantConfig",
     "QuantReport",
+    "Reconstruction",
     "Rounded",
     "Spec",
     "absmax",
@@ -20,5 +22,6 @@ __all__ = [
     "mse",
     "quantize_",
     "quantize_checkpoint",
+    "reconstruct_",
     "save_quantized",
 ]

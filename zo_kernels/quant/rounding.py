@@ -161,7 +161,7 @@ def _round(
     order: float | None,
 ) -> Rounded:
     spec = Spec.parse(spec)
-    grid = _grid(spec, headroom)
+    grid = grid_of(spec, headroom)
     if (misfit := spec.misfit(weight.shape)) is not None:
         raise ValueError(
             f"rounding: weight must be one that {spec} can store, got one of which {misfit}; "
@@ -185,7 +185,8 @@ def _round(
     return Rounded(from_rows(codes, weight.shape), scale, zero_point)
 
 
-def _grid(spec: Spec, headroom: int) -> _Grid:
+def grid_of(spec: Spec, headroom: int) -> _Grid:
+    """The codes that a weight of `spec` may have."""
     check_headroom(headroom, "rounding")
     low, high = spec.code_range
     if spec.asymmetric and headroom:
