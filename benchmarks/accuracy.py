@@ -45,6 +45,7 @@ from persona.errors import UserError
 from persona.families import StableDiffusion, load_pipeline
 from persona.files import make_folder, write_image, write_json
 from persona.fit_scorers import read_captioned
+from persona.fused import fuse_
 from persona.prompts import caption_prompt
 from persona.report import grid, table
 from zo_kernels.nn import QuantModule, Spec
@@ -179,6 +180,7 @@ def quantized(model: StableDiffusion, spec: str, rounding: str) -> tuple[StableD
         module = copy.deepcopy(getattr(model.pipe, part))
         config = QuantConfig(spec, rounding, overrides=tuple(overrides_for(module, spec).items()))
         specs.update(quantize_(module, config).quantized.values())
+        fuse_(module)  # as it runs
         setattr(made.pipe, part, module)
     return made, specs
 
