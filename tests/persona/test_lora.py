@@ -2,6 +2,8 @@
 """LoRA around integer layers: peft's own around a layer with the dequantized weight."""
 
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -89,3 +91,10 @@ def test_the_start_is_of_the_seed_alone(fresh_pipeline):
 def test_a_target_that_no_layer_has(fresh_pipeline):
     with pytest.raises(UserError, match=r"lora_targets: must name .*, got 'to_x' .*; to_k"):
         Lora(fresh_pipeline().unet, 2, "to_x", seed=0)
+
+
+def test_without_peft_it_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "persona.lora")
+    with pytest.raises(UserError, match=r"^trainable: must be .* peft is missing, got lora; "):
+        importlib.import_module("persona.lora")
