@@ -35,6 +35,7 @@ inline int block_tiles(const Product& p) {
   if (p.row_scale == nullptr || p.perturb != Perturb::none) return kBlockTiles;
   return p.bits == 8 ? kBlockTiles / 4 : kBlockTiles / 2;
 }
+constexpr int64_t kFewTiles = 8;           // not worth an unpacked copy of weights of 4 bits
 constexpr int64_t kRowsInL2 = 600 << 10;  // bytes
 
 // One visit of a chunk's weights: `rows` rows of a tile by `panels` panels.
@@ -80,6 +81,22 @@ inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
   }
 }
 
+// Codes of 4 bits as they are packed: 8 channels a step.
+struct Nibbles {
+  static constexpr int32_t kOffset = D::Narrow::kOffset;
+};
+template <class L>
+constexpr int kStepChannels = std::is_same_v<L, Nibbles> ? 8 : 4;
+
+template <class L, int R, int N>
+inline void add_step(U (&acc)[R][N], const int8_t* const (&a)[R], const L (&w)[N], int64_t channel) {
+  ZO_UNROLL for (int i = 0; i < R; ++i) {
+    const U x = D::broadcast(a[i] + channel);
+    ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = L::dot(acc[i][j], w[j], x);
+  }
+}
+
+// acc += products of `steps` times kStepChannels<L> channels.
 template <class L, int R, int N>
 inline void add_products(U (&acc)[R][N], const int8_t* const (&a)[R], const uint8_t* const (&b)[N], int64_t steps) {
   // Equal to gcc, accumulators would share registers and be copied.
@@ -88,11 +105,19 @@ inline void add_products(U (&acc)[R][N], const int8_t* const (&a)[R], const uint
   }
 #pragma GCC unroll 1  // more, and gcc keeps a copy of every accumulator on the stack
   for (int64_t s = 0; s < steps; ++s) {
-    L w[N];
-    ZO_UNROLL for (int j = 0; j < N; ++j) w[j] = L::load(b[j] + s * 4 * kPanel);
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      const U x = D::broadcast(a[i] + 4 * s);
-      ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = L::dot(acc[i][j], w[j], x);
+    if constexpr (std::is_same_v<L, Nibbles>) {
+      const U low = V::set(0x0F0F0F0Fu);
+      const auto codes = [&](int j) { return V::load_words(reinterpret_cast<const int32_t*>(b[j] + s * 4 * kPanel)); };
+      typename D::Narrow w[N];
+      ZO_UNROLL for (int j = 0; j < N; ++j) w[j].u = V::bit_and(codes(j), low);
+      add_step(acc, a, w, 8 * s);
+      asm volatile("" ::: "memory");  // loaded again: there is no register to keep them in
+      ZO_UNROLL for (int j = 0; j < N; ++j) w[j].u = V::bit_and(V::template shift_right<4>(codes(j)), low);
+      add_step(acc, a, w, 8 * s + 4);
+    } else {
+      L w[N];
+      ZO_UNROLL for (int j = 0; j < N; ++j) w[j] = L::load(b[j] + s * 4 * kPanel);
+      add_step(acc, a, w, 4 * s);
     }
   }
 }
@@ -116,7 +141,7 @@ struct Integers {
       aim(v, tap, row, a);
       const uint8_t* b[N];
       ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
-      add_products<L>(acc, a, b, v.steps);
+      add_products<L>(acc, a, b, v.steps * 4 / kStepChannels<L>);
     }
     ZO_UNROLL for (int i = 0; i < R; ++i) {
       ZO_UNROLL for (int j = 0; j < N; ++j) V::store_words(total + i * kColumns + j * W, acc[i][j]);
@@ -143,7 +168,7 @@ struct Groups {
       for (int64_t g = 0; g < v.groups; ++g) {
         U acc[R][N];
         start_at<L>(acc, sums, zero);
-        add_products<L>(acc, a, b, v.steps);
+        add_products<L>(acc, a, b, v.steps * 4 / kStepChannels<L>);
         ZO_UNROLL for (int j = 0; j < N; ++j) {
           const F by = V::load(scale + j * W);
           ZO_UNROLL for (int i = 0; i < R; ++i) {
@@ -153,7 +178,7 @@ struct Groups {
           }
         }
         ZO_UNROLL for (int i = 0; i < R; ++i) a[i] += 4 * v.steps;
-        ZO_UNROLL for (int j = 0; j < N; ++j) b[j] += v.steps * 4 * kPanel;
+        ZO_UNROLL for (int j = 0; j < N; ++j) b[j] += v.steps * 4 / kStepChannels<L> * 4 * kPanel;
         sums += kTile;
         scale += kColumns;
         if (zero != nullptr) zero += kColumns;
@@ -291,7 +316,7 @@ void multiply_block(const Product& p, int64_t panel, int panels, int64_t tile, i
   for (int64_t c = 0; c < p.chunk_count; ++c) {
     const Chunk& chunk = p.chunks[c];
     const bool end = c + 1 == p.chunk_count;
-    const Staged weights = stage<kIntegers>(p, chunk, panel, panels, set, s);
+    const Staged weights = stage<kIntegers>(p, chunk, panel, panels, set, tile_end - tile, s);
     const bool two = kIntegers && p.perturb == Perturb::weight;
     const Staged signs = two ? stage_signs(p, chunk, panels, s) : Staged{};
     columns.aim(p, chunk, kIntegers);

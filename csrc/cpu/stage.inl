@@ -7,12 +7,13 @@ namespace {
 struct Staged {
   const uint8_t* data;
   int64_t panel_stride, tap_stride;  // bytes
-  bool narrow;                       // 4-bit lanes
+  enum { wide, narrow, packed } lanes;  // of 8 or 4 bits, or codes of 4 bits as they lie in memory
 
   // Where part `part` of a chunk begins, if each tap has `tap_parts` of `steps` 4-channel steps.
   Staged of(int64_t part, int64_t tap_parts, int64_t steps) const {
     Staged out = *this;
-    out.data += part / tap_parts * tap_stride + part % tap_parts * steps * 4 * kPanel;
+    const int64_t bytes = lanes == packed ? 2 * kPanel : 4 * kPanel;
+    out.data += part / tap_parts * tap_stride + part % tap_parts * steps * bytes;
     return out;
   }
 };
@@ -23,7 +24,9 @@ void visit_staged(Visit<A>& v, const Staged& b, void* total) {
   v.panel_stride = b.panel_stride;
   v.tap_stride = b.tap_stride;
   v.total = total;
-  if (b.narrow) {
+  if (b.lanes == Staged::packed) {
+    visit<K<Nibbles>>(v);
+  } else if (b.lanes == Staged::narrow) {
     visit<K<typename D::Narrow>>(v);
   } else {
     visit<K<typename D::Wide>>(v);
@@ -138,7 +141,7 @@ inline Staged stage_signs(const Product& p, const Chunk& c, int panels, Scratch&
     const U lanes = V::sub(V::set(0x81818181u), V::template shift_left<1>(negative));
     store_bytes(to + i * panel_stride + tap * tap_stride + step * 4 * kPanel + v * 4 * W, lanes);
   });
-  return {to, panel_stride, tap_stride, false};
+  return {to, panel_stride, tap_stride, Staged::wide};
 }
 
 // fp32 [channels][kPanel]: q - z + c R.
@@ -200,26 +203,25 @@ inline Staged stage_floats(const Product& p, const Chunk& c, int64_t panel, int 
       lane(V::template shift_right<24>(negative), 3);
     });
   }
-  return {to, panel_stride, tap_stride, false};
+  return {to, panel_stride, tap_stride, Staged::wide};
 }
 
 template <bool kIntegers>
-Staged stage(const Product& p, const Chunk& c, int64_t panel, int panels, int64_t set, Scratch& s) {
+Staged stage(const Product& p, const Chunk& c, int64_t panel, int panels, int64_t set, int64_t tiles, Scratch& s) {
   if (p.perturb != Perturb::none) fill_signs(p, panel, panels, set, s);
   if constexpr (!kIntegers) {
     return stage_floats(p, c, panel, panels, set, s);
   } else {
     const Packed packed(p, c);
     const bool codes = p.perturb == Perturb::codes;
-    Staged lie{};  // as they lie in memory
-    if (p.bits == 8) {
-      const int64_t tap_stride = packed.tap_steps * 4 * kPanel;
-      lie = {packed.at(p, c, panel, 0), tap_stride * p.taps, tap_stride, false};
-      if (!codes) return lie;
-    }
+    const bool few = tiles <= kFewTiles && c.channels % 8 == 0;
+    const int64_t memory_stride = packed.tap_steps * 4 * kPanel;
+    Staged lie{packed.at(p, c, panel, 0), memory_stride * p.taps, memory_stride,
+               p.bits == 8 ? Staged::wide : Staged::packed};  // as they lie in memory
+    if (!codes && (p.bits == 8 || few)) return lie;
     const int64_t tap_stride = packed.steps * (p.bits == 8 ? 4 : 8) * kPanel, panel_stride = tap_stride * c.taps;
     uint8_t* to = room(s.staged, panels * panel_stride);
-    const Staged copy{to, panel_stride, tap_stride, p.bits == 4 && !codes};
+    const Staged copy{to, panel_stride, tap_stride, p.bits == 4 && !codes ? Staged::narrow : Staged::wide};
     if (p.bits == 4) {
       if (!codes) {
         unpack<false>(p, c, panel, panels, to, panel_stride);
