@@ -54,7 +54,7 @@ def operand(call: Any) -> tuple[Any, int]:
     return tl.bfloat16, 3
 
 
-def aligned(taps: int, channels: int) -> int:
+def aligned(channels: int) -> int:
     """128, 32 or 1: it divides the number of the first element of each tap of each row."""
     return next(size for size in (128, 32, 1) if channels % size == 0)
 
@@ -84,7 +84,7 @@ def multiply(
     splittable = not integer or not (grouped or call.perturb == "weight")
     dtype, parts = (tl.int8, 1) if integer else operand(call)
     heavy = parts > 1 or call.perturb == "weight"
-    shape = (m // count, count, n, taps, channels, groups)
+    shape = (m // count, n, taps, channels, groups)
     cut = tiles(*shape, integer=integer, heavy=heavy, splittable=splittable)
     draws, coeffs = None, None
     if call.perturb != "none":
@@ -110,7 +110,7 @@ def multiply(
             INTEGER=integer,
             CONV=picture is not None,
             BLOCKS=taps * channels // groups // cut.k if grouped else 0,
-            ALIGNED=aligned(taps, channels),
+            ALIGNED=aligned(channels),
             ACTIVATION=call.activation,
             DTYPE=dtype,
             PARTS=parts,
@@ -140,8 +140,7 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
 
 def _words(packed: Tensor) -> Tensor:
     """uint8 [..., 4] as int32 [...]."""
-    aligned = packed.storage_offset() % 4 == 0
-    return (packed if aligned else packed.clone()).view(torch.int32)
+    return (packed.clone() if packed.storage_offset() % 4 else packed).view(torch.int32)
 
 
 def _blocks(cut: Tiles) -> dict[str, int]:

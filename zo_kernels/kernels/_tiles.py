@@ -24,7 +24,6 @@ class Tiles(NamedTuple):
 
 def tiles(
     rows: int,
-    perturbations: int,
     n: int,
     taps: int,
     channels: int,
@@ -34,10 +33,11 @@ def tiles(
     heavy: bool,
     splittable: bool,
 ) -> Tiles:
-    """The tiles of a product.
+    """The tiles of a product, whatever the number of its perturbations: one has the same bits alone
+    and among others, also where sums are floats.
 
     Args:
-        rows: of the output, of each perturbation.
+        rows: of the output, of one perturbation.
         n, taps, channels, groups: of the weight.
         integer: whether a is int8.
         heavy: whether a tile has two sums, or several products, which take their registers.
@@ -47,9 +47,9 @@ def tiles(
     most = 128 if integer else 32 if heavy else 64
     k = _tile_k(taps, channels, groups, most, small=m <= 32 and not heavy)
     wide = 64 if heavy or m <= 32 else 128
-    while wide > 32 and perturbations * -(-rows // m) * -(-n // wide) < PROCESSORS:
+    while wide > 32 and -(-rows // m) * -(-n // wide) < PROCESSORS:
         wide //= 2
-    count = perturbations * -(-rows // m) * -(-n // wide)
+    count = -(-rows // m) * -(-n // wide)
     steps = groups if groups > 1 else taps * -(-channels // k)
     splits = 1
     # A program keeps at least 4 steps, or its sums would be more traffic than its codes.
