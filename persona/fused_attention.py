@@ -2,8 +2,8 @@
 """Attention and transformer blocks of integer layers, without the passes between them.
 
 Where layers multiply int8: LayerNorm and GEGLU write the codes that the next layer reads, residuals
-are added where layers write, and attention runs in fixed point. Elsewhere, and where a gradient is
-asked for, diffusers' classes run.
+are added where layers write, and attention runs in fixed point. Everywhere a feed-forward layer
+sees a part of the tokens at a time. Where a gradient is asked for, diffusers' classes run.
 """
 
 from typing import Any
@@ -66,8 +66,8 @@ def can_fuse_attention(attn: Any) -> bool:
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
-    """A `BasicTransformerBlock` of layers that multiply int8: no floats but the tokens themselves,
-    queries, keys and values, and what GEGLU reads."""
+    """A `BasicTransformerBlock` of integer layers: the floats between those of its feed-forward
+    stay small, and where they multiply int8 there are few others."""
 
     def forward(
         self,
@@ -86,7 +86,6 @@ class FusedTransformerBlock(BasicTransformerBlock):
             or attention_mask is not None
             or encoder_attention_mask is not None
             or cross_attention_kwargs
-            or not _runs_on_codes(self)  # wrapped or changed since, as by an adapter
         ):
             return super().forward(
                 hidden_states,
@@ -98,6 +97,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
                 class_labels,
                 added_cond_kwargs,
             )
+        if _runs_on_codes(self):
+            return _transform_codes(self, hidden_states, encoder_hidden_states)
         return _transform(self, hidden_states, encoder_hidden_states)
 
 
@@ -111,7 +112,6 @@ def can_fuse_block(block: Any) -> bool:
         and len(block.ff.net) == 3
         and type(block.ff.net[0]) is GEGLU
         and all(can_fuse_attention(attn) for attn in (block.attn1, block.attn2) if attn is not None)
-        and _runs_on_codes(block)
     )
 
 
@@ -131,18 +131,29 @@ def _takes_codes(layer: Any) -> bool:
 
 def _transform(block: Any, x: Tensor, context: Tensor | None) -> Tensor:
     """[B, M, d] to the same; `context` is [B, L, d'], such as of the prompt."""
+    x = block.attn1(block.norm1(x)) + x
+    if block.attn2 is not None:
+        x = block.attn2(block.norm2(x), encoder_hidden_states=context) + x
+    return torch.cat([block.ff(block.norm3(part)) + part for part in _parts(x, block.ff)], 1)
+
+
+def _transform_codes(block: Any, x: Tensor, context: Tensor | None) -> Tensor:
     x = _attention(block.attn1, block.norm1, x)
     if block.attn2 is not None:
         x = _attention(block.attn2, block.norm2, x, context)
     return _feed_forward(block.ff, block.norm3, x)
 
 
+def _parts(x: Tensor, ff: Any) -> tuple[Tensor, ...]:
+    """x [B, M, d] in parts of its tokens, for which the floats within `ff` stay small."""
+    return x.split(max(1, _GATE_VALUES // max(1, len(x) * ff.net[0].proj.out_features)), dim=1)
+
+
 def _feed_forward(ff: Any, norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """x + ff(norm(x)), a part of the tokens at a time: the floats between its layers stay small."""
     gate, _, project_out = ff.net
-    tokens = max(1, _GATE_VALUES // (len(x) * gate.proj.out_features))
     parts = []
-    for part in x.split(tokens, dim=1):
+    for part in _parts(x, ff):
         codes, scale = _normalize(norm, part)
         parts.append(geglu_quantize(gate.proj(codes, x_scale=scale, out_dtype=x.dtype)))
     codes, scale = (

@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 
+from persona import fused_attention
 from persona.fused import FusedResnetBlock2D, fuse_
 from persona.fused_attention import FusedAttnProcessor, FusedTransformerBlock
 from zo_kernels.nn import perturbed, set_scales_, trainable_scales
@@ -60,11 +61,21 @@ def test_same_prediction(spec):
     assert any(isinstance(m, FusedResnetBlock2D) for m in unet.modules())
     assert any(isinstance(p, FusedAttnProcessor) for p in unet.attn_processors.values())
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
-    assert all(isinstance(m, FusedTransformerBlock) == ("a8" in spec) for m in blocks)
+    assert all(isinstance(m, FusedTransformerBlock) for m in blocks)
 
 
-def test_a_processor_set_later_is_asked():
-    unet = _unet("w8a8")
+@pytest.mark.parametrize("spec", ["w8", "w8a8"])
+def test_feed_forward_in_parts(spec, monkeypatch):
+    unet = _unet(spec)
+    fuse_(unet)
+    whole = _run(unet)
+    monkeypatch.setattr(fused_attention, "_GATE_VALUES", 5 * 4 * 256)  # 5 tokens of 4 pictures
+    _assert_same(_run(unet), whole, spec)
+
+
+@pytest.mark.parametrize("spec", ["w8", "w8a8"])
+def test_a_processor_set_later_is_asked(spec):
+    unet = _unet(spec)
     fuse_(unet)
     calls = []
 
