@@ -34,6 +34,7 @@ from persona.config import RunConfig
 from persona.data import Example
 from persona.families import StableDiffusion
 from persona.files import write_json
+from persona.memory import give_back_large_blocks
 
 OUT = Path("benchmarks/results/personalization_memory.json")
 TOKENIZER = "persona/assets/tiny-sd/tokenizer"  # words cost no memory: any does
@@ -119,6 +120,7 @@ class Family(StableDiffusion):
 def measure(name: str, size: str) -> dict[str, int]:
     """In a process of its own: bytes after importing, after loading, at the peak of the steps."""
     case = CASES[name]
+    give_back_large_blocks()  # as `persona.train.train` does
     imported = _resident()
     family = Family(size)
     quantize(case.config, family)

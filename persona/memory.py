@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _earlier: dict[str, int] = {}  # device -> highest point before the last `peak_of`
 
 
@@ -34,6 +35,18 @@ def peak_of(call: Callable[[], T], device: torch.device) -> tuple[T, int]:
             Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
     result = call()
     return result, _measured(device)
+
+
+def give_back_large_blocks() -> None:
+    """Let every freed block of a megabyte or more go back to the system at once, where the C
+    library can (glibc); elsewhere do nothing.
+
+    By default glibc soon keeps them, for speed, in a heap that fragments: a forward pass of Stable
+    Diffusion 1.5's UNet then holds 0.3 GB more than its activations need. The price is that new
+    pages are mapped again and again.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def trim() -> None:

@@ -22,7 +22,7 @@ from persona.data import Example, load_folder
 from persona.errors import UserError
 from persona.families import StableDiffusion
 from persona.files import make_folder, write_image, write_json
-from persona.memory import human, peak_bytes, trim
+from persona.memory import give_back_large_blocks, human, peak_bytes, trim
 from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
@@ -90,6 +90,7 @@ def train(
     if config.resume_from_checkpoint:
         state = checkpoint.load(checkpoint_file, config.recipe())
 
+    give_back_large_blocks()
     family = load_base(config)
     examples = load_folder(
         Path(config.train_data_dir),
