@@ -2,10 +2,11 @@
 """`fuse_`: the passes over activations between the integer layers of a diffusers model, merged.
 
 A residual block normalizes, activates and quantizes in the passes of its GroupNorm, adds the time
-embedding there, and its residual where the convolution writes; for attention and transformer
-blocks see `persona.fused_attention`. The model keeps its class, its modules and their names: a
-block changes to a subclass of its own class, whose forward computes the same within rounding. Where
-a gradient is asked for, and for blocks of another make, the class of diffusers runs.
+embedding there, and its residual where the convolution writes; so does what leads into and out of
+transformer blocks, and for these see `persona.fused_attention`. The model keeps its class, its
+modules and their names: a block changes to a subclass of its own class, whose forward computes the
+same within rounding. Where a gradient is asked for, and for blocks of another make, the class of
+diffusers runs.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from persona.fused_attention import (
@@ -51,6 +53,9 @@ def fuse_(model: nn.Module) -> int:
         elif type(module) is BasicTransformerBlock and can_fuse_block(module):
             module.__class__ = FusedTransformerBlock
             count += 1
+        elif type(module) is Transformer2DModel and _are_integer(module, "proj_in", "proj_out"):
+            module.__class__ = FusedTransformer2DModel
+            count += 1
     return count
 
 
@@ -61,7 +66,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if (
             torch.is_grad_enabled()
             or (self.training and self.dropout.p > 0)
-            or not _are_integer(self)  # wrapped since, as by an adapter
+            or not _are_integer(self, "conv1", "conv2")  # wrapped since, as by an adapter
         ):
             return super().forward(input_tensor, temb, *args, **kwargs)
         hidden = _norm_conv(self.norm1, self.conv1, input_tensor)
@@ -83,27 +88,55 @@ def _can_fuse(block: Any) -> bool:
         and (block.time_emb_proj is None or not block.skip_time_act)
         and block.output_scale_factor == 1
         and all(type(norm) is nn.GroupNorm for norm in (block.norm1, block.norm2))
-        and _are_integer(block)
+        and _are_integer(block, "conv1", "conv2")
     )
 
 
-def _are_integer(block: Any) -> bool:
-    return all(isinstance(conv, QuantConv2d) for conv in (block.conv1, block.conv2))
+class FusedTransformer2DModel(Transformer2DModel):
+    """A `Transformer2DModel` between integer 1x1 convolutions: pixels stay where they lie."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        if torch.is_grad_enabled() or not _are_integer(self, "proj_in", "proj_out"):
+            return super()._operate_on_continuous_inputs(hidden_states)
+        y = _norm_conv(self.norm, self.proj_in, hidden_states, activation="none")
+        return y.permute(0, 2, 3, 1).flatten(1, 2), y.shape[1]  # [B, H * W, C]
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        if torch.is_grad_enabled() or not _are_integer(self, "proj_in", "proj_out"):
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        pixels = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        project_out: Any = self.proj_out
+        return project_out(pixels, residual=residual)
+
+
+def _are_integer(block: Any, *names: str) -> bool:
+    return all(isinstance(getattr(block, name, None), QuantConv2d) for name in names)
 
 
 def _norm_conv(
     norm: nn.GroupNorm,
-    conv: Any,  # QuantConv2d; ResnetBlock2D declares a Conv2d
+    conv: Any,  # QuantConv2d; diffusers declares another class
     x: Tensor,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    activation: str = "silu",
 ) -> Tensor:
-    """conv(silu(norm(x + shift))) + residual."""
+    """conv(activation(norm(x + shift))) + residual."""
     normalize: Callable[..., Any] = group_norm
     if conv.spec.act_bits == 8 and conv.in_scale is None:
         normalize = group_norm_quantize
     y = normalize(
-        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, activation="silu"
+        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, activation=activation
     )
     if isinstance(y, Tensor):
         return conv(y, residual=residual)

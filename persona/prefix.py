@@ -4,7 +4,8 @@
 Copies of a token are evaluated on the same noised latents, so they differ from the UNet's first
 cross-attention on. Before it lie the first convolution, the residual blocks up to the first
 transformer block, and that block's self-attention: 1/20 of the arithmetic of a forward of Stable
-Diffusion 1.5 at 64 x 64 latents, 1/16 of tiny-sd's (torch's FlopCounterMode). The values are those
+Diffusion 1.5 at 64 x 64 latents, 1/16 of tiny-sd's (torch's FlopCounterMode). Of a fused model (see
+`persona.fused`) only what lies before the transformer block is shared. The values are those
 of the plain forward, up to the rounding of kernels that add up in another order for another batch.
 """
 
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from persona.fused import FusedTransformer2DModel
 
 
 @contextmanager
@@ -58,6 +61,8 @@ def prefix(unet: Any) -> list[nn.Module]:
             continue
         modules.append(block.resnets[0])
         attention = block.attentions[0]
+        if isinstance(attention, FusedTransformer2DModel):
+            break  # it calls ops, not modules, until the text comes in
         first = attention.transformer_blocks[0]
         modules += [attention.norm, attention.proj_in, first.norm1]
         if not first.only_cross_attention:
