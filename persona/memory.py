@@ -41,9 +41,8 @@ def give_back_large_blocks() -> None:
     """Let every freed block of a megabyte or more go back to the system at once, where the C
     library can (glibc); elsewhere do nothing.
 
-    By default glibc soon keeps them, for speed, in a heap that fragments: a forward pass of Stable
-    Diffusion 1.5's UNet then holds 0.3 GB more than its activations need. The price is that new
-    pages are mapped again and again.
+    By default glibc soon keeps them, for speed, in a heap that fragments: a forward pass then holds
+    more than its activations need. The price is that new pages are mapped again and again.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast kernels of `quantize_rows`, `qlinear` and `qconv2d`, and what they can run."""
+"""The fast kernels of `quantize_rows`, `qlinear`, `qconv2d` and of what stands between, and what
+they can run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,15 @@ def supports_quantize_rows(
     if x.dtype == torch.float64:
         return "not for float64"
     return _too_many(backend, x[:1].numel() if per_sample else x.numel() // x.shape[-1])
+
+
+def cpp_only() -> tuple[Backend, ...]:
+    """For ops of activations alone that have no Triton kernel yet."""
+
+    def supports(x: Tensor, *_: object) -> str | None:
+        return supports_quantize_rows("cpp", x)
+
+    return (Backend("cpp", "cpu", cpp_available, supports),)
 
 
 def supports_qlinear(backend: str, *args: Any) -> str | None:

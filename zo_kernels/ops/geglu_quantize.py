@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zo_kernels._registry import Backend, Example, cpp_available, define
+from zo_kernels._registry import Example, define
 from zo_kernels.ops._quantized import FLOATS, names, refusal
+from zo_kernels.ops._quantized_backend import cpp_only
 from zo_kernels.ops.quantize_rows import quantize_rows_ref
 
 SCHEMA = "geglu_quantize(Tensor x) -> (Tensor, Tensor)"
@@ -48,17 +49,13 @@ def _examples() -> Iterator[Example]:
     yield (torch.ones(8),)
 
 
-def _supports(x: Tensor) -> str | None:
-    return "not for float64" if x.dtype == torch.float64 else None
-
-
 _op = define(
     SCHEMA,
     reference=geglu_quantize_ref,
     fake=_fake,
     device_of=lambda x: x.device,
     examples=_examples,
-    backends=(Backend("cpp", "cpu", cpp_available, _supports),),
+    backends=cpp_only(),
 )
 
 

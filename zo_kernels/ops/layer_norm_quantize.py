@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from zo_kernels._registry import Backend, Example, cpp_available, define
+from zo_kernels._registry import Example, define
 from zo_kernels.ops._quantized import FLOATS, check_tensor, names, refusal
+from zo_kernels.ops._quantized_backend import cpp_only
 from zo_kernels.ops.quantize_rows import quantize_rows_ref
 
 SCHEMA = (
@@ -63,17 +64,13 @@ def _examples() -> Iterator[Example]:
     yield torch.ones(8), None, torch.linspace(-1, 1, 8), 0.5
 
 
-def _supports(x: Tensor, *_: object) -> str | None:
-    return "not for float64" if x.dtype == torch.float64 else None
-
-
 _op = define(
     SCHEMA,
     reference=layer_norm_quantize_ref,
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_examples,
-    backends=(Backend("cpp", "cpu", cpp_available, _supports),),
+    backends=cpp_only(),
 )
 
 

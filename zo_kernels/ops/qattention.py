@@ -2,8 +2,8 @@
 """`qattention`: softmax(scale * q k^T) v of several heads, in fixed point.
 
 Queries and keys become integers of about 13 bits, softmax weights of 14 and values of 10, so that
-every product is one of 16-bit integers, summed exactly: twice the rate of fp32, at a hundredth of
-the rounding of int8 (SageAttention, arXiv 2410.02367, keeps weights and values in fp16). Scores and
+every product is one of 16-bit integers, summed exactly: twice the rate of fp32, with far less
+rounding than int8 (SageAttention, arXiv 2410.02367, keeps weights and values in fp16). Scores and
 weights never exist as a matrix, as in FlashAttention (arXiv 2205.14135).
 """
 
@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from zo_kernels._registry import Backend, Example, cpp_available, define
+from zo_kernels._registry import Example, define
 from zo_kernels.ops._quantized import FLOATS, check_tensor, names, refusal
+from zo_kernels.ops._quantized_backend import cpp_only
 from zo_kernels.ops.quantize_rows import SMALLEST
 
 SCHEMA = "qattention(Tensor query, Tensor key, Tensor value, int heads, float scale) -> Tensor"
@@ -87,17 +88,13 @@ def _examples() -> Iterator[Example]:
     yield tokens[:, ::2], tokens, tokens, 12, 1.0
 
 
-def _supports(query: Tensor, *_: object) -> str | None:
-    return "not for float64" if query.dtype == torch.float64 else None
-
-
 _op = define(
     SCHEMA,
     reference=qattention_ref,
     fake=_fake,
     device_of=lambda query, *_: query.device,
     examples=_examples,
-    backends=(Backend("cpp", "cpu", cpp_available, _supports),),
+    backends=cpp_only(),
 )
 
 
