@@ -92,13 +92,9 @@ def one_sided(losses: Tensor | Sequence[float], eps: float) -> list[float]:
     Raises:
         ValueError: fewer than two losses.
     """
-    values = _floats(losses)
-    if len(values) < 2:
-        raise ValueError(
-            f"one_sided: losses must be n + 1 >= 2 values, got {len(values)}; "
-            "evaluate theta first, then each direction"
-        )
-    base, *perturbed = values
+    base, *perturbed = _at_least_two(
+        "one_sided", losses, "evaluate theta first, then each direction"
+    )
     return [(loss - base) / (eps * len(perturbed)) for loss in perturbed]
 
 
@@ -114,14 +110,16 @@ def one_point(losses: Tensor | Sequence[float], eps: float) -> list[float]:
     Raises:
         ValueError: fewer than two losses.
     """
-    values = _floats(losses)
-    if len(values) < 2:
-        raise ValueError(
-            f"one_point: losses must be n + 1 >= 2 values, got {len(values)}; "
-            "evaluate every direction and one more"
-        )
+    values = _at_least_two("one_point", losses, "evaluate every direction and one more")
     n = len(values) - 1
     return [(loss - other) / (eps * n) for loss, other in pairwise(values)]
+
+
+def _at_least_two(name: str, losses: Tensor | Sequence[float], advice: str) -> list[float]:
+    values = _floats(losses)
+    if len(values) < 2:
+        raise ValueError(f"{name}: losses must be n + 1 >= 2 values, got {len(values)}; {advice}")
+    return values
 
 
 _RULES = {"two_sided": two_sided, "one_sided": one_sided, "one_point": one_point}
