@@ -24,11 +24,17 @@ from benchmarks.personal_methods import pictures_a_step
 from benchmarks.personal_scores import Drawing, Judge
 from benchmarks.personal_subjects import Subject, read_subjects
 from benchmarks.personal_tables import read_rows
-from benchmarks.personalization import check_count, integers, known_names, one_token, row_key
+from benchmarks.personalization import (
+    check_count,
+    exit_code,
+    integers,
+    known_names,
+    one_token,
+    row_key,
+)
 from persona.base import load_base
 from persona.config import TextualInversionConfig
 from persona.data import load_folder, to_pixels
-from persona.errors import UserError
 from persona.evaluate import Scorer
 from persona.families import StableDiffusion, load_pipeline
 from persona.files import append_text, make_folder
@@ -185,18 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--subjects_count", type=int, help="the first so many; default: all")
     parser.add_argument("--out", type=Path, default=ROWS, help="file of rows, .jsonl")
     given = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         given.estimators = known_names("estimators", given.estimators, ESTIMATORS, ";")
         given.seeds = integers(given.seeds)
         make_folder(given.out.parent, "out")
         fill(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the rows so far stay, and the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

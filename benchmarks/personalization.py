@@ -180,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROWS, help="file of rows, .jsonl")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for what runs leave")
     given = parser.parse_args(arguments)
-    try:
+
+    def run() -> None:
         given.methods = known_names("methods", given.methods, METHODS)
         given.seeds = integers(given.seeds)
         if not given.steps_scale > 0:
@@ -190,6 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_folder(given.out.parent, "out")
         make_folder(given.work / "pictures", "work")
         Table(given).fill()
+
+    return exit_code(run)
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """Of a command that makes rows: 0, 2 for a user's error, 130 for Ctrl-C."""
+    try:
+        run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
