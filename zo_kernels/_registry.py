@@ -72,11 +72,20 @@ class Op:
     device_of: Callable[..., torch.device | None]
     examples: Callable[[], Iterator[Example]]
     backends: tuple[Backend, ...]
+    differentiable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if self.choose(args) == REFERENCE:
-            return self.reference(*args)
-        return self.overload(*args)
+        run = self.reference if self.choose(args) == REFERENCE else self.overload
+        # The formula that torch.library registers costs as much as a small layer: it asks for the
+        # list of the schema's arguments once an argument. A graph that is traced keeps to it.
+        if (
+            self.differentiable is not None
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+        ):
+            return self.differentiable.apply(run, *args)
+        return run(*args)
 
     def choose(self, args: Sequence[Any]) -> str:
         """Name of the backend that runs these arguments."""
@@ -85,8 +94,8 @@ class Op:
             return REFERENCE
         device = self.device_of(*args)
         kind = "cpu" if device is None else device.type
-        reasons = {b.name: b.reason(kind, args) for b in self.backends}
         if asked != "auto":
+            reasons = {b.name: b.reason(kind, args) for b in self.backends}
             if reasons.get(asked, "") is None:
                 return asked
             listed = "".join(f"\n  {name}: {why or 'can run'}" for name, why in reasons.items())
@@ -95,10 +104,10 @@ class Op:
                 f"'auto' or one of these\n  {REFERENCE}: can run{listed}"
             )
         for backend in self.backends:
-            if reasons[backend.name] is None:
+            why = backend.reason(kind, args)
+            if why is None:
                 return backend.name
             if backend.device == kind and not torch.compiler.is_compiling():
-                why = reasons[backend.name]
                 _log_once(f"{self.name}: runs the reference, not {backend.name}, which is {why}")
         return REFERENCE
 
@@ -145,7 +154,8 @@ def define(
     overload, twin = packet.default, getattr(packet, REFERENCE)
     _track_mutation(overload)
     _track_mutation(twin)
-    OPS[name] = Op(name, overload, twin, device_of, examples, tuple(backends))
+    function = None if backward is None else _function(name, setup_context, backward)
+    OPS[name] = Op(name, overload, twin, device_of, examples, tuple(backends), function)
     return OPS[name]
 
 
@@ -199,6 +209,31 @@ def _guarded(name: str, backend: Backend, kernel: Kernel, reference: Kernel) -> 
         return (slow if backend.reason(backend.device, args) else fast)(*args)
 
     return run
+
+
+def _function(
+    name: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Any:
+    """The autograd function of an op, whose first argument is the overload to run."""
+
+    def forward(run: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs[1:], output)
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        return (None, *backward(ctx, *grads))
+
+    functions: dict[str, Kernel] = {
+        "forward": forward,
+        "setup_context": set_up,
+        "backward": run_backward,
+    }
+    methods: dict[str, Any] = {key: staticmethod(function) for key, function in functions.items()}
+    return type(f"{name}_backward", (torch.autograd.Function,), methods)
 
 
 def _track_mutation(overload: Any) -> None:
