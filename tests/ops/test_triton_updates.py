@@ -117,43 +117,38 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("kind", "dtype", "way"), WAYS)
-@pytest.mark.parametrize("name", NAMES)
-def test_ahead_of_time(name, kind, dtype, way, capability, tmp_path, monkeypatch):
-    """Compiles for a GPU that need not be here; every fp32 operation is correctly rounded."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def arguments(name, kind, dtype, way):
+    """Those of a call on one tensor that lies as an allocator puts it, with every state."""
+    whole = torch.ones(4096, dtype=DTYPES[("fp32", "bf16", "fp16").index(dtype)])
+    params, terms = [whole], ([0], 1, [0], torch.ones(1))
+    moments = [[torch.ones(4096)] for _ in range(2)]
+    rest = (kind, torch.ones(1) if way == "grid" else None, 5 if way == "random" else None)
+    return {
+        "add_noise_": (params, *terms, torch.tensor(1.0), *rest),
+        "zo_sgd_": (params, moments[0], *terms, torch.ones(3), kind == "normal", *rest),
+        "zo_adam_": (params, *moments, *terms, torch.ones(7), *rest),
+    }[name]
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(module_of(name), f"_{name}_kernel")
-    constants = {
-        "NORMAL": kind == "normal",
-        "GRID": way == "grid",
-        "ROUNDS": way == "random",
-        "BLOCKS": shared.BLOCKS[kind],
-        "SIGN": kind == "normal",
-        "BUFFER": True,
-    }
-    signature = {}
-    for parameter in kernel.params:
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-        elif parameter.name == "draws_ptr":
-            signature[parameter.name] = "*i64"
-        elif parameter.name == "p_ptr":
-            signature[parameter.name] = f"*{dtype}"
-        elif parameter.name.endswith("_ptr"):
-            signature[parameter.name] = "*fp32"
-        else:
-            signature[parameter.name] = parameter.annotation_type or "fp32"
-    constants = {k: v for k, v in constants.items() if k in signature}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    options = {"enable_fp_fusion": shared.FUSED, "num_warps": shared.WARPS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert len(compiled.asm["cubin"]) > 0
-    ptx = compiled.asm["ptx"]
-    assert f".target sm_{capability}" in ptx
+
+def targets():
+    for architecture in checks.TARGETS:
+        for kind, dtype, way in WAYS if architecture == "sm_90" else WAYS[1:3]:
+            yield architecture, kind, dtype, way
+
+
+@pytest.mark.parametrize(("architecture", "kind", "dtype", "way"), list(targets()))
+@pytest.mark.parametrize("name", NAMES)
+def test_ahead_of_time(name, architecture, kind, dtype, way, tmp_path, monkeypatch):
+    """Compiles for a GPU that need not be here; every fp32 operation is correctly rounded."""
+    launcher = getattr(module_of(name), f"{name}_triton")
+    with checks.compiling(architecture, monkeypatch, tmp_path) as kernels:
+        launcher(*arguments(name, kind, dtype, way))
+    (kernel,) = kernels
+    checks.check_resources(kernel, architecture, tmp_path)
+    if architecture.startswith("gfx"):
+        return
+    ptx = kernel.asm["ptx"]
+    assert f".target {architecture}" in ptx
     arithmetic = set(re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|sqrt|rsqrt)\.[\w.]*f32", ptx))
     wanted = {"mul.rn.f32", "add.rn.f32"} | ROOTS[name]  # without .rn, ptxas might fuse them
     if kind == "normal":
@@ -161,6 +156,8 @@ def test_ahead_of_time(name, kind, dtype, way, capability, tmp_path, monkeypatch
     assert wanted <= arithmetic <= wanted | {"sub.rn.f32"}
     if dtype == "bf16":
         assert "cvt.rn.bf16.f32" in ptx or "cvt.rn.bf16x2.f32" in ptx
+    # Whole tiles have no mask, and addresses out of a table are known to be aligned.
+    assert re.search(r"\n\s+st\.global\.(v\d|b32)", ptx)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,8 +165,11 @@ def test_a_new_number_is_no_new_kernel(name):
     """What changes with the step is neither constexpr nor specialized upon."""
     kernel = getattr(module_of(name), f"_{name}_kernel")
     fixed = {p.name for p in kernel.params if p.is_constexpr}
-    assert fixed - {"SIGN", "BUFFER"} == {"NORMAL", "GRID", "ROUNDS", "BLOCKS"}
+    kinds = {"DTYPE", "ALIGNED", "NORMAL", "GRID", "ROUNDS", "BLOCKS"}
+    assert fixed - {"SIGN", "BUFFER"} == kinds
     for p in kernel.params:
         if p.name in shared.RUNTIME:
             assert p.do_not_specialize
             assert p.annotation_type in ("i64", "i32")
+        elif not p.is_constexpr:
+            assert p.name in shared.UNALIGNED and p.do_not_specialize_on_alignment

@@ -5,12 +5,18 @@ z comes from Philox4x32-10, stream by stream, with the bits of `zo_kernels.rng`,
 repeats, as the rest repeats `zo_kernels._arithmetic`: integers, and correctly rounded fp32
 operations in the same order. So FUSED stays off: it would make fma of them.
 
-A program has the elements of BLOCKS Philox blocks in four tensors, one for each output of a block:
-[BLOCKS] normals each, or [BLOCKS, 32] signs.
+A tile is the elements of BLOCKS Philox blocks, in four tensors, one for each output of a block:
+[BLOCKS] normals each, or [BLOCKS, 32] signs. A program takes tile after tile of its chunk; one
+launch takes all tensors of a dtype (see `_table`). Offsets are int64 from a tensor to its tile, and
+small ones within. The last tile of a tensor has loads and stores of its own: with a mask that may
+end anywhere, the compiler can't make them wide.
+
+What changes from step to step is read from the device: draws, factors and hyperparameters. The
+launcher uploads them in one copy that nobody waits for.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,13 +25,16 @@ from torch import Tensor
 
 from zo_kernels import rng
 from zo_kernels._arithmetic import LARGEST, SMALLEST_NORMAL
+from zo_kernels.kernels import _table
 from zo_kernels.kernels._noise import noise, words
 
 FUSED = False
-BLOCKS = {"normal": 256, "rademacher": 16}  # Philox blocks of a program
+BLOCKS = {"normal": 256, "rademacher": 16}  # Philox blocks of a tile
 WARPS = 4
 # Change from call to call without a new kernel.
-RUNTIME = ["n", "seed", "stream", "terms", "round_draw"]
+RUNTIME = ["seed", "terms", "tiles"]
+UNALIGNED = ["rows_ptr", "chunks_ptr", "base_ptr", "draws_ptr", "factors_ptr", "hyper_ptr"]
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _UNITS = tl.constexpr(2.0**40)
 _BF16_LARGEST, _FP16_LARGEST = (tl.constexpr(LARGEST[x]) for x in ("bfloat16", "float16"))
@@ -33,21 +42,45 @@ _SMALLEST_NORMAL = tl.constexpr(SMALLEST_NORMAL)
 
 
 @triton.jit
-def elements(NORMAL: tl.constexpr, BLOCKS: tl.constexpr):
-    """The blocks of this program, and the elements that are their outputs."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+def elements(tile, n, NORMAL: tl.constexpr, BLOCKS: tl.constexpr):
+    """Of a tile: its blocks, where it starts, the elements that it has if it is the last one, else
+    0, and where in it the four outputs of a block lie."""
+    at = tl.arange(0, BLOCKS)  # [BLOCKS]
+    block = (tile * BLOCKS).to(tl.uint32) + at.to(tl.uint32)
     STEP: tl.constexpr = 16 if NORMAL else 32  # from one output of a block to the next
+    TILE: tl.constexpr = 4 * BLOCKS if NORMAL else 128 * BLOCKS
     if NORMAL:
-        i = (block // 16) * 64 + block % 16  # [BLOCKS]
+        i = (at // 16) * 64 + at % 16  # [BLOCKS]
     else:
         block = block[:, None]
-        i = block * 128 + tl.arange(0, 32)[None, :]  # [BLOCKS, 32]
-    return block, i, i + STEP, i + 2 * STEP, i + 3 * STEP
+        i = at[:, None] * 128 + tl.arange(0, 32)[None, :]  # [BLOCKS, 32]
+    start = tile * TILE
+    short = tl.where(n - start < TILE, n - start, 0).to(tl.int32)
+    return block, start, short, i, i + STEP, i + 2 * STEP, i + 3 * STEP
 
 
 @triton.jit
-def load(ptr, i, n):
-    return tl.load(ptr + i, i < n).to(tl.float32)
+def load(ptr, i0, i1, i2, i3, short):
+    if short == 0:
+        x0, x1, x2, x3 = tl.load(ptr + i0), tl.load(ptr + i1), tl.load(ptr + i2), tl.load(ptr + i3)
+    else:
+        x0, x1 = tl.load(ptr + i0, i0 < short), tl.load(ptr + i1, i1 < short)
+        x2, x3 = tl.load(ptr + i2, i2 < short), tl.load(ptr + i3, i3 < short)
+    return x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+
+
+@triton.jit
+def write(ptr, i0, i1, i2, i3, short, x0, x1, x2, x3):
+    if short == 0:
+        tl.store(ptr + i0, x0)
+        tl.store(ptr + i1, x1)
+        tl.store(ptr + i2, x2)
+        tl.store(ptr + i3, x3)
+    else:
+        tl.store(ptr + i0, x0, i0 < short)
+        tl.store(ptr + i1, x1, i1 < short)
+        tl.store(ptr + i2, x2, i2 < short)
+        tl.store(ptr + i3, x3, i3 < short)
 
 
 @triton.jit
@@ -59,14 +92,15 @@ def snap(x, middle, GRID: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    t0, t1, t2, t3, block, stream, seed, draws_ptr, factors_ptr, terms, middle,
+    t0, t1, t2, t3, block, stream, seed, base_ptr, draws_ptr, factors_ptr, terms, middle,
     NORMAL: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """t + factor * z, term by term; equal draws next to each other share one z."""
     z0, z1, z2, z3 = t0, t1, t2, t3
-    last = seed * 0
+    base = tl.load(base_ptr)
+    last = base
     for j in range(terms):
-        draw = tl.load(draws_ptr + j)
+        draw = base + tl.load(draws_ptr + j)
         factor = tl.load(factors_ptr + j)
         if (j == 0) | (draw != last):
             z0, z1, z2, z3 = noise(block, stream, draw, seed, NORMAL)
@@ -94,13 +128,7 @@ def _round_bits(block, stream, draw, seed, NORMAL: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, i, n, x):
-    tl.store(ptr + i, x.to(ptr.dtype.element_ty), i < n)
-
-
-@triton.jit
-def _store_randomly(ptr, i, n, x, r):
-    dtype: tl.constexpr = ptr.dtype.element_ty
+def _randomly(x, r, dtype: tl.constexpr):
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     if dtype == tl.bfloat16:
@@ -114,26 +142,49 @@ def _store_randomly(ptr, i, n, x, r):
         rounded = tl.where(is_small, subnormal, normal) | ((bits >> 16) & 0x8000)
         in_range = magnitude <= _FP16_LARGEST
     random = rounded.to(tl.uint16).to(dtype, bitcast=True)
-    tl.store(ptr + i, tl.where(in_range, random, x.to(dtype)), i < n)
+    return tl.where(in_range, random, x.to(dtype))
 
 
 @triton.jit
 def store(
-    ptr, n, i0, i1, i2, i3, x0, x1, x2, x3, block, stream, seed, round_draw,
+    ptr, i0, i1, i2, i3, short, x0, x1, x2, x3, block, stream, seed, base_ptr, round_draw_ptr,
     NORMAL: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Rounded to the dtype behind `ptr`: by random bits, or to the nearest."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
     if ROUNDS:
+        round_draw = tl.load(base_ptr) + tl.load(round_draw_ptr)
         r0, r1, r2, r3 = _round_bits(block, stream, round_draw, seed, NORMAL)
-        _store_randomly(ptr, i0, n, x0, r0)
-        _store_randomly(ptr, i1, n, x1, r1)
-        _store_randomly(ptr, i2, n, x2, r2)
-        _store_randomly(ptr, i3, n, x3, r3)
-    else:
-        _store(ptr, i0, n, x0)
-        _store(ptr, i1, n, x1)
-        _store(ptr, i2, n, x2)
-        _store(ptr, i3, n, x3)
+        x0, x1 = _randomly(x0, r0, dtype), _randomly(x1, r1, dtype)
+        x2, x3 = _randomly(x2, r2, dtype), _randomly(x3, r3, dtype)
+    x0, x1, x2, x3 = x0.to(dtype), x1.to(dtype), x2.to(dtype), x3.to(dtype)
+    write(ptr, i0, i1, i2, i3, short, x0, x1, x2, x3)
+
+
+class Numbers(NamedTuple):
+    """What a launch reads from its device.
+
+    Attributes:
+        base: int64 [1], added to every draw.
+        draws: int64 [T + 1], the last one that of the rounding.
+        factors: fp32 [T].
+        hyper: fp32.
+    """
+
+    base: Tensor
+    draws: Tensor
+    factors: Tensor
+    hyper: Tensor
+
+
+def _upload(draws: Sequence[int], factors: Tensor, hyper: Tensor, device: torch.device) -> Numbers:
+    """In one copy that the host does not wait for: CUDA has staged it when the call returns."""
+    floats = torch.cat([factors, hyper.reshape(-1), factors.new_zeros(1)])
+    floats = floats[: len(floats) // 2 * 2].view(torch.int64)
+    whole = torch.cat([torch.tensor([0, *draws], dtype=torch.int64), floats])
+    whole = whole.to(device, non_blocking=True)
+    integers, floats = whole[: 1 + len(draws)], whole[1 + len(draws) :].view(torch.float32)
+    return Numbers(integers[:1], integers[1:], floats[: len(factors)], floats[len(factors) :])
 
 
 def launch(
@@ -150,26 +201,25 @@ def launch(
     round_draw: int | None,
     **constants: Any,
 ) -> None:
-    """One launch a parameter of `kernel(p, *states, draws, factors, ..., *hyper, constants)`."""
+    """One launch of `kernel` for all parameters that have a dtype, a grid or not, and addresses
+    that are multiples of 16 or not: one or two, as a rule."""
     if not params:
         return
     device = params[0].device
-    terms = torch.tensor(draws, dtype=torch.int64).to(device), factors.to(device)
-    blocks, step = BLOCKS[kind], rng.GROUP[kind] // rng.BLOCKS_PER_GROUP[kind]
+    numbers = _upload([*draws, round_draw or 0], factors, hyper, device)
     quantum = [0.0] * len(params) if quanta is None else quanta.tolist()
-    numbers = hyper.reshape(-1).tolist()
-    for i, (p, stream) in enumerate(zip(params, streams, strict=True)):
-        fp32 = p.dtype == torch.float32
-        if n := p.numel():
-            with torch.cuda.device_of(p):
-                kernel[(triton.cdiv(n, blocks * step),)](
-                    *(p, *(x[i] for x in states), *terms, n, seed, stream, len(draws)),
-                    *(round_draw or 0, 1.5 * 2.0**23 * quantum[i], *numbers),
-                    NORMAL=kind == "normal",
-                    GRID=fp32 and quantum[i] != 0,
-                    ROUNDS=not fp32 and round_draw is not None,
-                    BLOCKS=blocks,
-                    **constants,
-                    num_warps=WARPS,
-                    enable_fp_fusion=FUSED,
-                )
+    tile = BLOCKS[kind] * rng.GROUP[kind] // rng.BLOCKS_PER_GROUP[kind]
+    for part in _table.parts(params, states, streams, quantum, tile):
+        with torch.cuda.device_of(params[0]):
+            kernel[(len(part.chunks),)](
+                *(part.rows, part.chunks, *numbers, seed, len(draws), part.tiles),
+                DTYPE=TYPES[part.dtype],
+                ALIGNED=part.aligned,
+                NORMAL=kind == "normal",
+                GRID=part.grid,
+                ROUNDS=part.dtype != torch.float32 and round_draw is not None,
+                BLOCKS=BLOCKS[kind],
+                **constants,
+                num_warps=WARPS,
+                enable_fp_fusion=FUSED,
+            )

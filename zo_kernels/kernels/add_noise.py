@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`add_noise_` in Triton: p <- decay * p + sum_j scales[j] * z(seed, draws[j], stream, .).
 
-p is fp32, bf16 or fp16 [n], row-major; draws int64 [T] and scales fp32 [T] lie on its device.
-Traffic: one read and one write of p. Noise and rounding: `zo_kernels.kernels._updates`.
+p is fp32, bf16 or fp16 [n], row-major, of a table; draws int64 [T + 1] and scales fp32 [T] lie on
+its device. Traffic: one read and one write of p. Noise, rounding and launch:
+`zo_kernels.kernels._updates`.
 Source: MeZO (Malladi et al. 2023, arXiv 2305.17333, algorithm 1).
 """
 
@@ -12,37 +13,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zo_kernels.kernels._updates import RUNTIME, accumulate, elements, launch, load, snap, store
+from zo_kernels.kernels._table import chunk_of, pointer
+from zo_kernels.kernels._updates import (
+    RUNTIME,
+    UNALIGNED,
+    accumulate,
+    elements,
+    launch,
+    load,
+    snap,
+    store,
+)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=UNALIGNED)
 def _add_noise__kernel(
-    p_ptr,  # [n]
-    draws_ptr,  # [terms]
-    scales_ptr,  # [terms]
-    n: tl.int64,
+    rows_ptr,  # [tensors, ROW]
+    chunks_ptr,  # [programs]
+    base_ptr,  # [1]
+    draws_ptr,  # [terms + 1]
+    factors_ptr,  # [terms]
+    hyper_ptr,  # [1]: decay
     seed: tl.int64,
-    stream: tl.int64,
     terms: tl.int32,
-    round_draw: tl.int64,
-    middle,
-    decay,
+    tiles: tl.int32,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NORMAL: tl.constexpr,
     GRID: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    block, i0, i1, i2, i3 = elements(NORMAL, BLOCKS)
-    p0 = snap(decay * load(p_ptr, i0, n), middle, GRID)
-    p1 = snap(decay * load(p_ptr, i1, n), middle, GRID)
-    p2 = snap(decay * load(p_ptr, i2, n), middle, GRID)
-    p3 = snap(decay * load(p_ptr, i3, n), middle, GRID)
-    p0, p1, p2, p3 = accumulate(
-        p0, p1, p2, p3, block, stream, seed, draws_ptr, scales_ptr, terms, middle, NORMAL, GRID
-    )  # fmt: skip
-    store(
-        p_ptr, n, i0, i1, i2, i3, p0, p1, p2, p3, block, stream, seed, round_draw, NORMAL, ROUNDS
-    )  # fmt: skip
+    TILE: tl.constexpr = 4 * BLOCKS if NORMAL else 128 * BLOCKS
+    row_ptr, n, stream, middle, first, count = chunk_of(rows_ptr, chunks_ptr, tiles, TILE)
+    p_ptr = pointer(row_ptr, 0, DTYPE, ALIGNED)  # [n]
+    decay = tl.load(hyper_ptr)
+    for number in range(count):
+        block, start, short, i0, i1, i2, i3 = elements(first + number, n, NORMAL, BLOCKS)
+        p0, p1, p2, p3 = load(p_ptr + start, i0, i1, i2, i3, short)
+        p0, p1 = snap(decay * p0, middle, GRID), snap(decay * p1, middle, GRID)
+        p2, p3 = snap(decay * p2, middle, GRID), snap(decay * p3, middle, GRID)
+        p0, p1, p2, p3 = accumulate(
+            p0, p1, p2, p3, block, stream, seed, base_ptr, draws_ptr, factors_ptr, terms, middle,
+            NORMAL, GRID,
+        )  # fmt: skip
+        store(
+            p_ptr + start, i0, i1, i2, i3, short, p0, p1, p2, p3, block, stream, seed, base_ptr,
+            draws_ptr + terms, NORMAL, ROUNDS,
+        )  # fmt: skip
 
 
 def add_noise__triton(
@@ -56,6 +74,6 @@ def add_noise__triton(
     quanta: Tensor | None = None,
     round_draw: int | None = None,
 ) -> None:
-    """One launch a parameter. The arguments are those of the op, checked; params contiguous."""
+    """One launch a dtype. The arguments are those of the op, checked; params contiguous."""
     terms = (streams, seed, draws, scales)
     launch(_add_noise__kernel, params, (), *terms, decay, kind, quanta, round_draw)
