@@ -4,7 +4,8 @@
 A budget counts pictures through the UNet: a forward of a batch of four counts four. Methods by
 forward passes alone get `BUDGET` of them. Backpropagation gets a third as many forwards, each with
 its backward pass, which costs about two: the same arithmetic. `--full` takes the step counts of the
-papers instead.
+papers instead. A budget is a hundredth of those, so learning rates are ours, chosen at it by the
+denoising loss of one subject; where a paper's preset is named, its learning rate stands.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from persona.data import load_folder
 from persona.families import StableDiffusion
 from persona.files import make_folder
 
-BUDGET = 1536  # pictures through the UNet by forward passes alone
+BUDGET = 768  # pictures through the UNet by forward passes alone
 TOKEN = "<subject>"  # of textual inversion; the others take their rare word
 
 
@@ -166,21 +167,36 @@ def budgeted(title: str, command: str, full: int | None = None, **options: Any) 
     return Method(title, learn, options | steps, {"max_train_steps": full} if full else {})
 
 
+_PICTURES = 4  # a step of backpropagation
+
+
 def _ti(title: str, preset: str = "paper", **options: Any) -> Method:
     recipe = TextualInversionConfig.presets[preset] | options
     full = recipe.pop("max_train_steps", 30_000)
     return budgeted(title, "ti", full, **recipe)
 
 
-def _scales(title: str, full: int = 400, **options: Any) -> Method:
-    return budgeted(title, "scales", full, **options)
+def _scales(title: str, **options: Any) -> Method:
+    return budgeted(title, "scales", 400, train_batch_size=_PICTURES, **options)
+
+
+def _zo_scales(title: str, **options: Any) -> Method:
+    recipe = _ZO_SCALES | options
+    return budgeted(f"{title}, zeroth order", "scales", 4000, optimizer="zo", **recipe)
 
 
 def _selective(title: str, **options: Any) -> Method:
     """As many steps as backpropagation at the high resolution has: none of its costs more."""
-    return budgeted(title, "selective", 1000, **options)
+    return budgeted(title, "selective", 1000, train_batch_size=_PICTURES, **options)
 
 
+# Where many directions share a step, a wide radius is above the rounding of int8 activations.
+_ZO_SCALES: dict[str, Any] = {
+    "zo_n": 8,
+    "zo_eps": 3e-2,
+    "learning_rate": 0.3,
+    "activation_precision": "int8",
+}
 # The demo's recipe: many directions and pictures a step, so that int8 activations suffice.
 _DEMO: dict[str, Any] = {
     "train_batch_size": 4,
@@ -192,9 +208,20 @@ _DEMO: dict[str, Any] = {
     "max_timestep": 1000,
 }
 
+# One two-sided direction, shaped by the vocabulary: the fewest forwards that were found.
+_WORDS: dict[str, Any] = {
+    "zo_n": 1,
+    "zo_estimator": "two_sided",
+    "zo_subspace": "off",
+    "zo_space": "vocabulary",
+    "learning_rate": 1e-2,
+}
+
 METHODS: dict[str, Method] = {
     "base": Method("class word, untrained", untrained, {"base_precision": "int8"}),
-    "ti-backprop": _ti("textual inversion by backpropagation", "backprop"),
+    "ti-backprop": _ti(
+        "textual inversion by backpropagation", "backprop", train_batch_size=_PICTURES
+    ),
     "zoodip": _ti("ZOODiP, paper"),
     "zoodip-released": _ti("ZOODiP, released code", "released-code"),
     "zoodip-uniform": _ti("ZOODiP, t uniform", min_timestep=0, max_timestep=1000),
@@ -208,19 +235,28 @@ METHODS: dict[str, Method] = {
     "zoodip-one-point": _ti("ZOODiP, one-point", zo_estimator="one_point"),
     "zoodip-int4": _ti("ZOODiP, int4", base_precision="int4", zo_eps=1e-2),
     "zoodip-demo": _ti("ZOODiP, the demo's recipe", **_DEMO),
+    "zoodip-words": _ti("ZOODiP, directions as words differ", **_WORDS),
     "peqa-bp": _scales("PEQA"),
-    "peqa-zo": _scales("PEQA, zeroth order", 4000, optimizer="zo"),
+    "peqa-zo": _zo_scales("PEQA"),
     "s1-bp": _scales("S1", method="s1"),
-    "s1-zo": _scales("S1, zeroth order", 4000, method="s1", optimizer="zo"),
+    "s1-zo": _zo_scales("S1", method="s1"),
     "s2-bp": _scales("S2", method="s2"),
-    "s2-zo": _scales("S2, zeroth order", 4000, method="s2", optimizer="zo"),
+    "s2-zo": _zo_scales("S2", method="s2"),
     "tuneqdm-bp": _scales("TuneQDM", method="tuneqdm"),
-    "tuneqdm-zo": _scales("TuneQDM, zeroth order", 4000, method="tuneqdm", optimizer="zo"),
+    "tuneqdm-zo": _zo_scales("TuneQDM", method="tuneqdm", learning_rate=0.2),
     "tuneqdm-paper": _scales("TuneQDM, paper", method="tuneqdm", preset="paper"),
     "dreambooth": budgeted(
-        "DreamBooth", "dreambooth", 400, trainable="full", base_precision="as-loaded"
+        "DreamBooth",
+        "dreambooth",
+        400,
+        trainable="full",
+        base_precision="as-loaded",
+        learning_rate=2e-5,
+        train_batch_size=_PICTURES,
     ),
-    "qlora": budgeted("QLoRA, r = 2", "dreambooth", 500),
+    "qlora": budgeted(
+        "QLoRA, r = 2", "dreambooth", 500, learning_rate=1e-3, train_batch_size=_PICTURES
+    ),
     "selective": _selective("Selective, LoRA"),
     "selective-scales": _selective("Selective, scales", trainable="scales"),
     "selective-constant": _selective("Selective, constant probability", strategy="constant"),

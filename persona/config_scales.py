@@ -18,8 +18,8 @@ _OPEN: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("ours", "zo"): {
         "parametrization": "relative",
-        "max_train_steps": 4000,
-        "learning_rate": 1e-4,
+        "max_train_steps": 1000,
+        "learning_rate": 0.1,
     },
     ("paper", "bp"): {
         "parametrization": "additive",
@@ -78,12 +78,12 @@ class ScaleTuningConfig(BackpropConfig):
         0.0, "spread around 1 that the input scales of tuneqdm start with", at_least=0
     )
     max_train_steps: int = option(
-        0, "steps; 0: the preset's, 400 (zo: 4000)", at_least=0, may_change=True
+        0, "steps; 0: the preset's, 400 (zo: 1000)", at_least=0, may_change=True
     )
     learning_rate: float = option(
-        0.0, "in units of what trains; 0: the preset's, 2e-3 (zo: 1e-4)", at_least=0
+        0.0, "in units of what trains; 0: the preset's, 2e-3 (zo: 0.1)", at_least=0
     )
-    zo_n: int = option(2, "random directions a step, two forwards each (zo)", "n", at_least=1)
+    zo_n: int = option(8, "random directions a step, two forwards each (zo)", "n", at_least=1)
     zo_eps: float = option(1e-2, "probe radius, in units of what trains (zo)", "mu", positive=True)
     evaluations_per_forward: int = option(
         0, "perturbed evaluations a forward (zo); 0: all", at_least=0, may_change=True

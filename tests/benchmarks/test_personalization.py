@@ -227,7 +227,7 @@ def test_a_method_learns_on_the_shipped_model(subjects_file, tmp_path, name):
     options = METHODS[name].resolved(1, False) | {"max_train_steps": 1}
     learned = learn(options, Job(subject, 0, "persona/assets/tiny-sd", tmp_path))
     assert learned.forwards >= 1 and learned.result_bytes > 1000
-    assert learned.backwards == (name in ("ti-backprop", "qlora", "selective-bp-low"))
+    assert (learned.backwards > 0) == (name in ("ti-backprop", "qlora", "selective-bp-low"))
     assert (learned.base is None) == (name in ("zoodip", "ti-backprop"))
     drawing = Drawing(steps=1, held_out=1, trained=1)
     assert len(draw(learned.family, subject, learned.word, 0, drawing).held_out) == 1

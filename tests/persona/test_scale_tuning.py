@@ -38,6 +38,7 @@ def scale_options(model_folder, pictures_folder, tmp_path):
         train_batch_size=3,
         num_validation_images=0,
         num_inference_steps=4,
+        zo_n=2,
     )
     return lambda **changes: dataclasses.replace(base, **changes)
 
