@@ -6,6 +6,7 @@ of d and d^2, d = x - its first pixel, over blocks of PIXELS; a program for each
 fp64 and leaves the three factors of each channel, fp32 [B, 3, C]. What follows reads x again.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,32 +107,59 @@ def normalized(
     return activated(y, ACTIVATION)
 
 
-def factors(
+def passes(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+    activation: str = "none",
+) -> tuple[Tensor, Callable[..., None]]:
+    """Pixels [B, H, W, C] of x, copied unless channels_last, and what runs a kernel over them.
+
+    The arguments are those of the op, checked. The second result takes `kernel(pixels, factors,
+    *outputs, size, channels, ...)`, a program for BLOCK values of a sample, and its outputs.
+    """
+    pixels = x.permute(0, 2, 3, 1).contiguous()
+    batch, channels, size = len(x), x.shape[1], pixels[:1].numel()
+    by = pixels.new_empty((batch, 3, channels), dtype=torch.float32)
+    grid = (batch * triton.cdiv(size, BLOCK),)
+
+    def run(kernel: Any, *outputs: Tensor) -> None:
+        if batch:
+            with torch.cuda.device_of(x):
+                kernel[grid](
+                    *(pixels, by, *outputs, size, channels),
+                    ACTIVATION=activation,
+                    BLOCK=BLOCK,
+                    num_warps=8,
+                    enable_fp_fusion=False,
+                )
+
+    if batch:
+        more = [t if t is None else t.contiguous() for t in (weight, bias, shift)]
+        with torch.cuda.device_of(x):
+            _write_factors(pixels, groups, eps, more, by)
+    return pixels, run
+
+
+def _write_factors(
     pixels: Tensor,
     groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
     eps: float,
-    shift: Tensor | None,
-) -> Tensor:
-    """fp32 [B, 3, C] of pixels [B, H, W, C], contiguous."""
+    more: Sequence[Tensor | None],  # weight, bias, shift
+    out: Tensor,  # fp32 [B, 3, C]
+) -> None:
     batch, height, width, channels = pixels.shape
     count, options = height * width, {"num_warps": WARPS, "enable_fp_fusion": False}
     blocks = triton.cdiv(count, PIXELS)
     sums = pixels.new_empty((batch, blocks, 2, channels), dtype=torch.float32)
-    out = pixels.new_empty((batch, 3, channels), dtype=torch.float32)
     grid = (batch * blocks * triton.cdiv(channels, CHANNELS),)
     cut = {"PIXELS": PIXELS, "ROWS": ROWS, "CHANNELS": CHANNELS}
     _moments_kernel[grid](pixels, sums, count, channels, **cut, **options)
-    more = (t if t is None else t.contiguous() for t in (weight, bias, shift))
     _factors_kernel[(batch * groups,)](
         *(pixels, sums, *more, out, count, channels, groups, blocks, eps),
         SIZE=triton.next_power_of_2(channels // groups),
         **options,
     )
-    return out
-
-
-def launch_options() -> dict[str, Any]:
-    """Of the kernels that make y, a program for BLOCK values."""
-    return {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": False}

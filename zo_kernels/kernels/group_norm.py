@@ -4,12 +4,13 @@
 Traffic: two reads of x and one write of y, in the dtype of x, channels_last.
 """
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zo_kernels.kernels._norm import factors, launch_options, normalized
+from zo_kernels.kernels._norm import normalized, passes
 from zo_kernels.kernels.quantize_rows import piece
 
 
@@ -26,23 +27,9 @@ def _group_norm_kernel(
     tl.store(y_ptr + start + i, y.to(y_ptr.dtype.element_ty), i < size)
 
 
-def group_norm_triton(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    shift: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
+def group_norm_triton(*args: Any) -> Tensor:
     """The arguments are those of the op, checked. x is copied unless it is channels_last."""
-    pixels = x.permute(0, 2, 3, 1).contiguous()
+    pixels, run = passes(*args)
     y = pixels.new_empty(pixels.shape)
-    if len(x):
-        size, options = pixels[0].numel(), launch_options()
-        with torch.cuda.device_of(x):
-            by = factors(pixels, groups, weight, bias, eps, shift)
-            _group_norm_kernel[(len(x) * triton.cdiv(size, options["BLOCK"]),)](
-                *(pixels, by, y, size, x.shape[1]), ACTIVATION=activation, **options
-            )
+    run(_group_norm_kernel, y)
     return y.permute(0, 3, 1, 2)

@@ -4,13 +4,16 @@
 Traffic: three reads of x, for the moments, the largest |y| and the codes, and one write of codes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zo_kernels.kernels._norm import factors, launch_options, normalized
-from zo_kernels.kernels.quantize_rows import codes_of, magnitude, piece, scale_of
+from zo_kernels.kernels._codes import codes_of, magnitude, scale_of
+from zo_kernels.kernels._norm import normalized, passes
+from zo_kernels.kernels.quantize_rows import piece
 
 
 @triton.jit
@@ -41,30 +44,12 @@ def _group_norm_quantize_codes_kernel(
     tl.store(scale_ptr + sample, scale_of(largest))  # by each program of a sample, the same
 
 
-def group_norm_quantize_triton(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    shift: Tensor | None = None,
-    activation: str = "none",
-) -> tuple[Tensor, Tensor]:
+def group_norm_quantize_triton(*args: Any) -> tuple[Tensor, Tensor]:
     """The arguments are those of the op, checked. x is copied unless it is channels_last."""
-    pixels = x.permute(0, 2, 3, 1).contiguous()
+    pixels, run = passes(*args)
     codes = pixels.new_empty(pixels.shape, dtype=torch.int8)
-    scale = pixels.new_empty(len(x), dtype=torch.float32)
-    largest = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    if len(x):
-        size, channels, options = pixels[0].numel(), x.shape[1], launch_options()
-        options["ACTIVATION"] = activation
-        grid = (len(x) * triton.cdiv(size, options["BLOCK"]),)
-        with torch.cuda.device_of(x):
-            by = factors(pixels, groups, weight, bias, eps, shift)
-            _group_norm_quantize_largest_kernel[grid](
-                *(pixels, by, largest, size, channels), **options
-            )
-            _group_norm_quantize_codes_kernel[grid](
-                *(pixels, by, largest, codes, scale, size, channels), **options
-            )
+    scale = pixels.new_empty(len(pixels), dtype=torch.float32)
+    largest = torch.zeros(len(pixels), dtype=torch.int32, device=pixels.device)
+    run(_group_norm_quantize_largest_kernel, largest)
+    run(_group_norm_quantize_codes_kernel, largest, codes, scale)
     return codes.permute(0, 3, 1, 2), scale

@@ -2,16 +2,14 @@
 """What `group_norm` and `group_norm_quantize` share: checks, reference, examples."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zo_kernels._registry import Backend, Example, cpp_available
-from zo_kernels.kernels._triton import triton_available
+from zo_kernels._registry import Example
 from zo_kernels.ops._quantized import ACTIVATIONS, FLOATS, check_tensor, names, refusal
-from zo_kernels.ops._quantized_backend import launch, supports_quantize_rows
+from zo_kernels.ops._quantized_backend import supports_quantize_rows
 
 SCHEMA_ARGUMENTS = (
     "(Tensor x, int groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
@@ -90,15 +88,5 @@ def examples() -> Iterator[Example]:
     yield x[:0], 2, None, None, 1e-5, None, "silu"
 
 
-def backends(op: str) -> tuple[Backend, ...]:
-    """C++, which registers its own kernels, and Triton."""
-    return (
-        Backend("cpp", "cpu", cpp_available, partial(_supports, "cpp")),
-        Backend(
-            "triton", "cuda", triton_available, partial(_supports, "triton"), partial(launch, op)
-        ),
-    )
-
-
-def _supports(backend: str, x: Tensor, *_: object) -> str | None:
+def supports(backend: str, x: Tensor, *_: object) -> str | None:
     return supports_quantize_rows(backend, x, per_sample=True)

@@ -26,13 +26,8 @@ def supports_quantize_rows(
     return _too_many(backend, x[:1].numel() if per_sample else x.numel() // x.shape[-1])
 
 
-def cpp_only() -> tuple[Backend, ...]:
-    """For ops of activations alone that have no Triton kernel yet."""
-
-    def supports(x: Tensor, *_: object) -> str | None:
-        return supports_quantize_rows("cpp", x)
-
-    return (Backend("cpp", "cpu", cpp_available, supports),)
+def supports_rows(backend: str, x: Tensor, *_: object) -> str | None:
+    return supports_quantize_rows(backend, x)
 
 
 def supports_qlinear(backend: str, *args: Any) -> str | None:
@@ -69,13 +64,6 @@ def _supports(backend: str, call: Call, k: int) -> str | None:
     return None
 
 
-_SUPPORTS: dict[str, Callable[..., str | None]] = {
-    "quantize_rows": supports_quantize_rows,
-    "qlinear": supports_qlinear,
-    "qconv2d": supports_qconv2d,
-}
-
-
 def launch(op: str, *args: Any) -> Any:
     """The Triton launcher of `op`, whose file is imported at the first call."""
     if args and isinstance(args[0], Call) and args[0].perturb == "codes":
@@ -85,11 +73,17 @@ def launch(op: str, *args: Any) -> Any:
     return getattr(module, f"{op}_triton")(*args)
 
 
-def backends(op: str, triton: Callable[..., Any]) -> tuple[Backend, ...]:
-    """C++, which registers its own kernels, and `triton`, which takes the arguments of the schema
-    to `launch`."""
-    supports = {name: partial(_SUPPORTS[op], name) for name in GROUP_STEP}
+def backends(
+    op: str, supports: Callable[..., str | None], triton: Callable[..., Any] | None = None
+) -> tuple[Backend, ...]:
+    """C++, which registers its own kernels, and Triton.
+
+    Args:
+        supports: name of a backend and arguments of the schema -> None, or why it can't run them.
+        triton: takes the arguments of the schema to `launch`; None where that takes them as is.
+    """
+    triton = triton or partial(launch, op)
     return (
-        Backend("cpp", "cpu", cpp_available, supports["cpp"]),
-        Backend("triton", "cuda", triton_available, supports["triton"], triton),
+        Backend("cpp", "cpu", cpp_available, partial(supports, "cpp")),
+        Backend("triton", "cuda", triton_available, partial(supports, "triton"), triton),
     )

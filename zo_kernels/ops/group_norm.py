@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zo_kernels._registry import define
 from zo_kernels.ops import _norm
+from zo_kernels.ops._quantized_backend import backends
 
 SCHEMA = f"group_norm{_norm.SCHEMA_ARGUMENTS} -> Tensor"
 
@@ -37,7 +38,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_norm.examples,
-    backends=_norm.backends("group_norm"),
+    backends=backends("group_norm", _norm.supports),
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zo_kernels._registry import define
 from zo_kernels.ops import _norm
+from zo_kernels.ops._quantized_backend import backends
 from zo_kernels.ops.quantize_rows import quantize_rows_ref
 
 SCHEMA = f"group_norm_quantize{_norm.SCHEMA_ARGUMENTS} -> (Tensor, Tensor)"
@@ -42,7 +43,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_norm.examples,
-    backends=_norm.backends("group_norm_quantize"),
+    backends=backends("group_norm_quantize", _norm.supports),
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zo_kernels._registry import Example, define
 from zo_kernels.ops._quantized import FLOATS, check_tensor, names, refusal
-from zo_kernels.ops._quantized_backend import cpp_only
+from zo_kernels.ops._quantized_backend import backends, supports_rows
 from zo_kernels.ops.quantize_rows import quantize_rows_ref
 
 SCHEMA = (
@@ -70,7 +70,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_examples,
-    backends=cpp_only(),
+    backends=backends("layer_norm_quantize", supports_rows),
 )
 
 

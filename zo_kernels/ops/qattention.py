@@ -15,12 +15,13 @@ from torch import Tensor
 
 from zo_kernels._registry import Example, define
 from zo_kernels.ops._quantized import FLOATS, check_tensor, names, refusal
-from zo_kernels.ops._quantized_backend import cpp_only
+from zo_kernels.ops._quantized_backend import backends, supports_rows
 from zo_kernels.ops.quantize_rows import SMALLEST
 
 SCHEMA = "qattention(Tensor query, Tensor key, Tensor value, int heads, float scale) -> Tensor"
 WEIGHT_CODE = 16383  # of a weight of 1
 VALUE_CODE = 1023  # of a channel's largest value
+DEEPEST = 256  # channels of a head that the registers of a GPU hold
 
 
 def largest_code(depth: int) -> int:
@@ -75,6 +76,14 @@ def qattention_ref(query: Tensor, key: Tensor, value: Tensor, heads: int, scale:
     return out.transpose(1, 2).flatten(2).to(query.dtype).contiguous()
 
 
+def _supports(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, heads: int, _: float
+) -> str | None:
+    if backend == "triton" and query.shape[-1] // heads > DEEPEST:
+        return f"only for heads of at most {DEEPEST} channels"
+    return supports_rows(backend, query) or supports_rows(backend, key)
+
+
 def _fake(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float) -> Tensor:
     _check(query, key, value, heads, scale)
     return query.new_empty(query.shape)
@@ -94,7 +103,7 @@ _op = define(
     fake=_fake,
     device_of=lambda query, *_: query.device,
     examples=_examples,
-    backends=cpp_only(),
+    backends=backends("qattention", _supports),
 )
 
 
@@ -107,6 +116,9 @@ def qattention(
     Each query has a unit of its own, the keys of a head share one, and so does each channel of its
     values; weights are rounded to 1/16383 of the largest one of their query. No sample reads
     another one. No gradient flows.
+
+    On a GPU the same units hold numbers of 11 bits, which its tensor cores multiply (fp16, summed
+    in fp32): at most the same error, but not the same bits. Not yet confirmed on a GPU.
 
     Args:
         query: fp32, bf16, fp16 or fp64 [B, M, heads * D], as a linear layer gives it.

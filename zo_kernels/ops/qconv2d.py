@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from zo_kernels._registry import Example, define
 from zo_kernels.ops import _quantized
 from zo_kernels.ops._quantized import Call, Layer, refusal
-from zo_kernels.ops._quantized_backend import backends, launch
+from zo_kernels.ops._quantized_backend import backends, launch, supports_qconv2d
 from zo_kernels.ops._quantized_examples import examples
 from zo_kernels.ops._quantized_gradient import Adjoint, gradients, setup_context
 from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
@@ -207,7 +207,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_examples,
-    backends=backends("qconv2d", _triton),
+    backends=backends("qconv2d", supports_qconv2d, _triton),
     backward=_backward,
     setup_context=_setup_context,
 )

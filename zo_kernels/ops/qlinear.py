@@ -19,7 +19,7 @@ from torch import Tensor
 from zo_kernels._registry import Example, define
 from zo_kernels.ops import _quantized
 from zo_kernels.ops._quantized import Call, Layer
-from zo_kernels.ops._quantized_backend import backends, launch
+from zo_kernels.ops._quantized_backend import backends, launch, supports_qlinear
 from zo_kernels.ops._quantized_examples import examples
 from zo_kernels.ops._quantized_gradient import Adjoint, gradients, setup_context
 from zo_kernels.ops._quantized_reference import evaluate, outside_autocast
@@ -113,7 +113,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_examples,
-    backends=backends("qlinear", _triton),
+    backends=backends("qlinear", supports_qlinear, _triton),
     backward=_backward,
     setup_context=_setup_context,
 )

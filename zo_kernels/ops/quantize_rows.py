@@ -6,14 +6,13 @@ members of a batch, such as both sides of a probe, do not meet.
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from zo_kernels._registry import Example, define
 from zo_kernels.ops._quantized import FLOATS, FP32, check_tensor, names, refusal
-from zo_kernels.ops._quantized_backend import backends, launch
+from zo_kernels.ops._quantized_backend import backends, supports_quantize_rows
 
 SCHEMA = "quantize_rows(Tensor x, bool per_sample=False, Tensor? in_scale=None) -> (Tensor, Tensor)"
 SMALLEST = 2.0**-100  # below it 127 / absmax could overflow
@@ -93,7 +92,7 @@ _op = define(
     fake=_fake,
     device_of=lambda x, *_: x.device,
     examples=_examples,
-    backends=backends("quantize_rows", partial(launch, "quantize_rows")),
+    backends=backends("quantize_rows", supports_quantize_rows),
 )
 
 
