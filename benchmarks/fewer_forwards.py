@@ -5,8 +5,9 @@
 
 A run is stopped at points of its budget and measured there, on figures that have no noise of their
 own: the denoising loss over fixed noise at fixed timesteps, for the two styles that are trained and
-for the third, and at the later points the cosine of drawn pictures to the true one. A row a run is
-appended as it finishes; rows that are there are not made again.
+for the third, and at some points the cosine of drawn pictures to the true one. Runs of one recipe
+share their forward passes (`benchmarks.lockstep`). A row a run is appended as they finish; rows
+that are there are not made again.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import lockstep
 from benchmarks.curve_tables import write_tables
 from benchmarks.personal_methods import pictures_a_step
 from benchmarks.personal_scores import Drawing, Judge
@@ -41,62 +44,75 @@ from persona.files import append_text, make_folder
 from persona.methods.textual_inversion import TextualInversion
 
 ROWS = Path("benchmarks/results/fewer_forwards.jsonl")
-POINTS = (48, 96, 192, 384, 768, 1536)  # pictures through the UNet
-DRAWN = (192, 384, 768, 1536)  # at these, pictures are drawn too
+POINTS = (12, 24, 48, 96, 192, 384, 768)  # pictures through the UNet
+DRAWN = (192, 768)  # at these, pictures are drawn too
 TIMES = 8  # fixed timesteps
-TOKEN = "<subject>"
+TOGETHER = 4  # subjects
 
-# One direction and one picture a step, floating activations as in the paper; and many of both, so
+_PAPER: dict[str, Any] = TextualInversionConfig.presets["paper"]
+# One direction and one picture a step, floating activations as in the paper; many directions, so
 # that int8 activations suffice.
 _SMALL: dict[str, Any] = {"zo_n": 1, "zo_estimator": "two_sided", "zo_subspace": "off"}
 _WORDS = _SMALL | {"zo_space": "vocabulary", "learning_rate": 1e-2}
-_LARGE: dict[str, Any] = {
-    "train_batch_size": 4,
-    "zo_n": 4,
-    "zo_estimator": "two_sided",
-    "zo_subspace": "off",
+_INT8: dict[str, Any] = {
     "zo_eps": 2e-2,
-    "learning_rate": 6e-3,
-    "adam_epsilon": 1e-8,
     "activation_precision": "int8",
     "min_timestep": 400,
     "max_timestep": 1000,
 }
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "paper": TextualInversionConfig.presets["paper"],
-    "released-code": TextualInversionConfig.presets["released-code"],
-    "default": {},
-    "default, no subspace": {"zo_subspace": "off"},
-    "default, random subspace": {"zo_subspace": "random"},
+    "paper": _PAPER,
+    "paper, no subspace": _PAPER | {"zo_subspace": "off"},
+    "paper, random subspace": _PAPER | {"zo_subspace": "random"},
+    "paper, t uniform": _PAPER | {"min_timestep": 0, "max_timestep": 1000},
+    "released code": TextualInversionConfig.presets["released-code"],
     "one direction, two-sided": _SMALL,
-    "the same, shaped by the vocabulary": _WORDS,
-    "rank 64 of it": _WORDS | {"zo_rank": 64},
+    "shaped by the vocabulary": _WORDS,
+    "64 dimensions of it": _WORDS | {"zo_rank": 64},
     "64 random dimensions": _WORDS | {"zo_space": "random", "zo_rank": 64},
     "shaped, averaged": _WORDS | {"average": 0.98},
     "shaped, cosine": _WORDS | {"learning_rate": 2e-2, "learning_rate_schedule": "cosine"},
     "shaped, 32 fixed draws": _WORDS | {"fixed_draws": 32},
-    "four directions, four pictures": _LARGE,
+    "shaped, int8, eight directions": _WORDS | _INT8 | {"zo_n": 8},
+    "int8, fifteen directions, four pictures": _PAPER
+    | _INT8
+    | {"zo_n": 15, "train_batch_size": 4, "learning_rate": 6e-3},
 }
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run: its row in the file, and the recipe."""
+
+    key: str
+    estimator: str
+    subject: Subject
+    seed: int
+    options: dict[str, Any]
+
+
 class Curve:
-    """One run: trains, and measures at points.
+    """One run, measured at points.
 
     Args:
-        config: options of the run; the model and the pictures among them.
+        family: the model, of which several runs may make use.
+        config: options of the run; the pictures and a token of its own among them.
         subject: whose held-out style is measured.
-        held_out: scores pictures of that style; None: none are drawn.
+        judge: scores pictures of that style.
     """
 
     def __init__(
-        self, config: TextualInversionConfig, subject: Subject, judge: Judge | None
+        self,
+        family: StableDiffusion,
+        config: TextualInversionConfig,
+        subject: Subject,
+        judge: Judge,
     ) -> None:
-        self.config, self.subject, self.judge = config, subject, judge
-        self.family = load_base(config)
+        self.family, self.config, self.subject, self.judge = family, config, subject, judge
         examples = load_folder(Path(config.train_data_dir), resolution=self.family.resolution)
         self.method = TextualInversion(self.family, config, examples)
-        styles = list(subject.pictures)
-        self.ids = self.family.tokenize([f"a {style} of a {TOKEN}" for style in styles])
+        styles, token = list(subject.pictures), config.placeholder_token
+        self.ids = self.family.tokenize([f"a {style} of a {token}" for style in styles])
         x0, _ = self.family.encode_images(to_pixels(list(subject.pictures.values())))
         generator = torch.Generator().manual_seed(123)
         noise = torch.randn(TIMES, *x0.shape[1:], generator=generator)
@@ -110,15 +126,6 @@ class Curve:
         """Through the UNet so far, forwards only."""
         return self.method.forwards * self.config.train_batch_size
 
-    def run(self, points: Sequence[int], drawn: Sequence[int]) -> list[dict[str, float]]:
-        figures = [self.figures(draw=False)]
-        for point in points:
-            per_step = self.method.estimator.evaluations * self.config.train_batch_size
-            while self.pictures + per_step <= point:
-                self.method.step()
-            figures.append(self.figures(draw=point in drawn))
-        return figures
-
     @torch.inference_mode()
     def figures(self, draw: bool) -> dict[str, float]:
         hidden = self.family.encode_tokens(self.ids).repeat_interleave(TIMES, 0)
@@ -129,19 +136,19 @@ class Curve:
             "trained_loss": losses[:-1].mean().item(),
             "held_out_loss": losses[-1].item(),
         }
-        if draw and self.judge is not None:
-            row["fidelity"] = self._fidelity(self.judge)
+        if draw:
+            row["fidelity"] = self._fidelity()
         return row
 
-    def _fidelity(self, judge: Judge) -> float:
+    def _fidelity(self) -> float:
         drawing, style = Drawing(), self.subject.held_out
         images = self.family.sample(
-            [f"a {style} of a {TOKEN}"] * drawing.held_out,
+            [f"a {style} of a {self.config.placeholder_token}"] * drawing.held_out,
             seed=1000 * self.config.seed,
             steps=drawing.steps,
             guidance=drawing.guidance,
         )
-        return judge.likeness(images, self.subject, style)["cosine"]
+        return self.judge.likeness(images, self.subject, style)["cosine"]
 
 
 def steps_of(options: dict[str, Any]) -> int:
@@ -149,35 +156,65 @@ def steps_of(options: dict[str, Any]) -> int:
     return POINTS[-1] // pictures_a_step({"command": "ti", **options})
 
 
+def run(jobs: Sequence[Job], model: str, judge: Judge) -> list[list[dict[str, float]]]:
+    """The curves of runs that share their forward passes: jobs of one estimator."""
+    options = jobs[0].options
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [
+            TextualInversionConfig(
+                pretrained_model_name_or_path=model,
+                train_data_dir=str(job.subject.write(Path(folder) / str(i))),
+                placeholder_token=f"<subject-{i}>",
+                initializer_token=job.subject.word,
+                seed=job.seed,
+                **options,
+            )
+            for i, job in enumerate(jobs)
+        ]
+        family = load_base(configs[0])
+        curves = [
+            Curve(family, config, job.subject, judge)
+            for config, job in zip(configs, jobs, strict=True)
+        ]
+    per_step = pictures_a_step({"command": "ti", **options})
+    figures = [[curve.figures(draw=False)] for curve in curves]
+    for point in POINTS:
+        while curves[0].pictures + per_step <= point:
+            lockstep.step([curve.method for curve in curves])
+        for found, curve in zip(figures, curves, strict=True):
+            found.append(curve.figures(draw=point in DRAWN))
+    return figures
+
+
+def jobs_of(given: argparse.Namespace, subjects: Sequence[Subject], name: str) -> list[Job]:
+    """The runs of an estimator on these subjects."""
+    options = ESTIMATORS[name] | {"max_train_steps": steps_of(ESTIMATORS[name])}
+    case = {"options": options, "points": POINTS, "drawn": DRAWN, "model": Path(given.model).name}
+    return [
+        Job(row_key(case | {"digest": s.digest, "seed": seed}), name, s, seed, options)
+        for s in subjects
+        for seed in given.seeds
+    ]
+
+
 def fill(given: argparse.Namespace) -> None:
-    """Every run that is missing; subject by subject, so that all estimators get as far."""
+    """Every run that is missing; a few subjects at a time, so that all estimators get as far."""
     tokenizer = StableDiffusion(load_pipeline(given.model)).pipe.tokenizer
     subjects = read_subjects(given.subjects, one_token(tokenizer))
     check_count(given.subjects_count, subjects)
     judge = Judge(Scorer.default(), subjects)
     known = {row["key"] for row in read_rows(given.out)}
-    for subject in subjects[: given.subjects_count]:
-        for seed in given.seeds:
-            for name in given.estimators:
-                options = ESTIMATORS[name] | {"max_train_steps": steps_of(ESTIMATORS[name])}
-                case = {"options": options, "points": POINTS, "drawn": DRAWN, "seed": seed}
-                key = row_key(case | {"digest": subject.digest, "model": Path(given.model).name})
-                if key not in known:
-                    row = {"key": key, "estimator": name, "subject": subject.name, "seed": seed}
-                    with tempfile.TemporaryDirectory() as folder:
-                        config = TextualInversionConfig(
-                            pretrained_model_name_or_path=given.model,
-                            train_data_dir=str(subject.write(Path(folder))),
-                            placeholder_token=TOKEN,
-                            initializer_token=subject.word,
-                            seed=seed,
-                            **options,
-                        )
-                        row["curve"] = Curve(config, subject, judge).run(POINTS, DRAWN)
+    for some in lockstep.groups(subjects[: given.subjects_count], TOGETHER):
+        for name in given.estimators:
+            jobs = [job for job in jobs_of(given, some, name) if job.key not in known]
+            pictures = pictures_a_step({"command": "ti", **ESTIMATORS[name]})
+            for group in lockstep.groups(jobs, max(1, lockstep.PICTURES // pictures)):
+                for job, curve in zip(group, run(group, given.model, judge), strict=True):
+                    row = {"key": job.key, "estimator": name, "subject": job.subject.name}
+                    row |= {"seed": job.seed, "curve": curve}
                     append_text(given.out, json.dumps(row) + "\n")
-                    known.add(key)
-                    last = {k: round(v, 4) for k, v in row["curve"][-1].items()}
-                    print(f"{subject.name}, seed {seed}, {name}: {last}", flush=True)
+                    last = {k: round(v, 4) for k, v in curve[-1].items()}
+                    print(f"{job.subject.name}, seed {job.seed}, {name}: {last}", flush=True)
         write_tables(given.out, list(ESTIMATORS), __doc__.split("\n\n")[2])
 
 

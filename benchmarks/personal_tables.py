@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks import charts
 from benchmarks.personal_subjects import Subject
 from benchmarks.timing import machine
 from persona.files import write_image, write_json
@@ -143,6 +144,30 @@ def write(out: Path, titles: dict[str, str], encoders: dict[str, str]) -> None:
         "tables": tables,
     }
     write_json(out.with_suffix(".json"), content, "out")
+
+
+def write_trade(out: Path, titles: dict[str, str]) -> None:
+    """Likeness to the subject against what the prompt asks beside it, a point a method."""
+    rows = [row for row in read_rows(out) if row["method"] in titles and "style" in row]
+    if not rows:
+        return
+    panels = []
+    for figure in ("style", "text"):
+        points = {
+            title: [
+                _mean([r for r in rows if r["method"] == name], key) for key in (figure, "fidelity")
+            ]
+            for name, title in titles.items()
+        }
+        lines = [charts.Line(title, [(x, y)]) for title, (x, y) in points.items()]
+        label = f"{COLUMNS[figure]}, over prompts that training never showed"
+        title = "Subject against prompt"
+        panels.append(charts.Panel(title, label, lines, COLUMNS["fidelity"], log="", joined=False))
+    write_image(out.with_name(f"{out.stem}-trade.png"), charts.draw(panels), "out")
+
+
+def _mean(rows: Sequence[dict[str, Any]], figure: str) -> float:
+    return statistics.mean(r[figure] for r in rows) if rows else float("nan")
 
 
 def write_grid(

@@ -117,6 +117,7 @@ class Table:
     def write_tables(self) -> None:
         titles = CONTROLS | {name: method.title for name, method in METHODS.items()}
         personal_tables.write(self.given.out, titles, self.judge.scorer.names)
+        personal_tables.write_trade(self.given.out, titles)
         personal_tables.write_grid(self.given.out, titles, self.subjects, self._pictures)
 
     @property

@@ -119,8 +119,9 @@ def section(path: Path) -> str:
         where = ", ".join(f"{key} {value}" for key, value in facts.items())
         parts.append(f"Machine: {where}.\n")
     parts += list(_renderer(stem, content)(content))
-    picture = path.with_suffix(".png")
-    if picture.exists():
+    for picture in sorted(path.parent.glob(f"{stem}.png")) + sorted(
+        path.parent.glob(f"{stem}-*.png")
+    ):
         parts.append(f"![{title}](results/{picture.name})\n")
     return "\n".join(parts)
 

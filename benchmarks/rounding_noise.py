@@ -53,7 +53,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import line_chart
+from benchmarks import charts
 from benchmarks.rounding_probes import Minibatch, Subject, setting, slopes
 from benchmarks.timing import machine
 from persona.demo import ASSETS, RECIPE
@@ -216,19 +216,18 @@ def chart(figures: dict[str, Any]) -> Any:
             return [(row["eps"], get(row)) for row in rows]
 
         lines = [
-            line_chart.Line("w8a8, two-sided", "#c0392b", line(lambda r: r["two_sided"]["snr"])),
-            line_chart.Line("w8a8, one-sided", "#e6a23c", line(lambda r: r["one_sided"]["snr"])),
-            line_chart.Line(
-                "bias of w8, two-sided", "#1f5fa8", line(lambda r: 1 / r["bias_two_sided"])
+            charts.Line("w8a8, two-sided", line(lambda r: r["two_sided"]["snr"]), "#c0392b"),
+            charts.Line("w8a8, one-sided", line(lambda r: r["one_sided"]["snr"]), "#e6a23c"),
+            charts.Line(
+                "bias of w8, two-sided", line(lambda r: 1 / r["bias_two_sided"]), "#1f5fa8"
             ),
-            line_chart.Line(
-                "bias of w8, one-sided", "#6baed6", line(lambda r: 1 / r["bias_one_sided"])
+            charts.Line(
+                "bias of w8, one-sided", line(lambda r: 1 / r["bias_one_sided"]), "#6baed6"
             ),
         ]
-        panels.append(
-            line_chart.Panel(f"{probe}: signal / error", f"eps: {found['units']}", lines, SNR)
-        )
-    return line_chart.draw(panels)
+        title, label = f"{probe}: signal / error", f"eps: {found['units']}"
+        panels.append(charts.Panel(title, label, lines, level=SNR))
+    return charts.draw(panels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -110,10 +110,19 @@ class TextualInversion(Method):
 
     def step(self) -> Step:
         """One update of the token; a loss that is not finite is counted and leaves it as it was."""
-        fixed = self.fixed
-        batch = fixed.at(self.steps) if fixed else self.batches.draw(self.generator)
-        estimate = self._estimate if self.config.optimizer == "zo" else self._backpropagate
-        loss, gradient = estimate(batch)
+        batch = self.draw()
+        if self.config.optimizer == "bp":
+            return self.take(*self._backpropagate(batch))
+        with torch.inference_mode():
+            losses = self._losses(self.probes(), batch)
+            return self.take(losses[0].item(), self.gradient(losses))
+
+    def draw(self) -> Batch:
+        """The pictures of this step."""
+        return self.fixed.at(self.steps) if self.fixed else self.batches.draw(self.generator)
+
+    def take(self, loss: float, gradient: Tensor | None) -> Step:
+        """End a step whose gradient is known; None is one that was not finite."""
         self.steps += 1
         if gradient is None:
             self.rejected += 1
@@ -122,20 +131,27 @@ class TextualInversion(Method):
                 self._update(gradient)
         return Step(self.steps, loss, self.forwards, self.rejected)
 
-    @torch.inference_mode()
-    def _estimate(self, batch: Batch) -> tuple[float, Tensor | None]:
-        """The first loss, and the gradient in coordinates; None where a loss is not finite."""
-        draw = self.steps * self.estimator.directions
-        copies = self.space.rows(self.estimator.probes(self.u, draw=draw))
-        losses = self._losses(copies, batch)
+    def probes(self) -> Tensor:
+        """The token and its perturbed copies, all to be evaluated on one batch: [Q, R, d]."""
+        return self.space.rows(self.estimator.probes(self.u, draw=self._first_draw))
+
+    def gradient(self, losses: Tensor) -> Tensor | None:
+        """Of the coordinates, from the losses [Q] of the `probes`; None where one is not finite."""
         if not torch.isfinite(losses).all():
-            return losses[0].item(), None
+            return None
         free = self.u.numel() - len(self.subspace.basis)
         released = self.config.zo_normalizer == "released-code"
         gradient = self.estimator.gradient(
-            losses.double(), like=self.u, draw=draw, norm_dim=free if released else None
+            losses.double(),
+            like=self.u,
+            draw=self._first_draw,
+            norm_dim=free if released else None,
         )
-        return losses[0].item(), self.subspace.project(gradient)
+        return self.subspace.project(gradient)
+
+    @property
+    def _first_draw(self) -> int:
+        return self.steps * self.estimator.directions
 
     @torch.enable_grad()
     def _backpropagate(self, batch: Batch) -> tuple[float, Tensor | None]:
@@ -184,17 +200,8 @@ class TextualInversion(Method):
 
     def _group_losses(self, copies: Tensor, batch: Batch) -> Tensor:
         """Where copies take part in autograd, so do the losses."""
-        device, count = self.family.device, len(copies)
-        # Pictures share prompts: each is encoded once for every copy.
-        ids, which = batch.ids.unique(dim=0, return_inverse=True)
-        with self.hook.copies(copies.to(device)):
-            encoded = self.family.encode_tokens(ids.repeat(count, 1))
-        hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
-        x_t, t = batch.x_t.to(device).repeat(count, 1, 1, 1), batch.t.to(device).repeat(count)
-        with shared_prefix(self.family.pipe.unet, count):
-            predicted = self.family.predict(x_t, t, hidden)
-        error = (predicted - batch.target.to(device).repeat(count, 1, 1, 1)).square()
-        return error.reshape(count, -1).mean(1).cpu()
+        with self.hook.copies(copies.to(self.family.device)):
+            return copy_errors(self.family, batch, len(copies)).flatten(1).mean(1).cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a bit-identical resume needs: a few vectors."""
@@ -229,3 +236,15 @@ class TextualInversion(Method):
     def metadata(self) -> dict[str, str]:
         name = "zoodip" if self.config.optimizer == "zo" else "textual-inversion"
         return _method.metadata(self, self.config, name, len(self.batches))
+
+
+def copy_errors(family: StableDiffusion, batch: Batch, count: int) -> Tensor:
+    """Squared errors [Q, B, C, h, w] of a batch under `count` = Q copies that a hook serves now."""
+    # Pictures share prompts: each is encoded once for every copy.
+    ids, which = batch.ids.unique(dim=0, return_inverse=True)
+    encoded = family.encode_tokens(ids.repeat(count, 1))
+    hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
+    x_t, t = batch.x_t.to(family.device).repeat(count, 1, 1, 1), batch.t.to(family.device)
+    with shared_prefix(family.pipe.unet, count):
+        predicted = family.predict(x_t, t.repeat(count), hidden)
+    return (predicted.unflatten(0, (count, -1)) - batch.target.to(family.device)).square()

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import fewer_forwards, personal_memory
+from benchmarks import fewer_forwards, lockstep, personal_memory
 from benchmarks.curve_tables import mean_curves, reached, tables, write_tables
-from benchmarks.fewer_forwards import ESTIMATORS, steps_of
+from benchmarks.fewer_forwards import ESTIMATORS, POINTS, Job, steps_of
 from benchmarks.personal_methods import pictures_a_step
+from benchmarks.personal_subjects import read_subjects
 from benchmarks.report import section
-from persona.config import TextualInversionConfig
+from persona.base import load_base
+from persona.config import RunConfig, TextualInversionConfig
+from persona.data import load_folder
+from persona.methods.textual_inversion import TextualInversion
 
 
 def rows():
     made = []
-    for name, faster in (("paper", 1), ("default", 4)):
+    for name, faster in (("paper", 1), ("shaped by the vocabulary", 4)):
         for seed in range(3):
             curve = [
                 {"pictures": x // faster, "trained_loss": 0.3, "held_out_loss": loss + seed / 100}
@@ -51,7 +57,8 @@ def test_a_report_with_its_curves(tmp_path):
 def test_every_estimator_is_a_recipe():
     for options in ESTIMATORS.values():
         config = TextualInversionConfig(**options, max_train_steps=steps_of(options))
-        assert 1500 < pictures_a_step({"command": "ti", **options}) * config.max_train_steps <= 1536
+        pictures = pictures_a_step({"command": "ti", **options}) * config.max_train_steps
+        assert 0.9 * POINTS[-1] < pictures <= POINTS[-1]
 
 
 @pytest.mark.parametrize(
@@ -78,3 +85,36 @@ def test_a_method_that_there_is_not(capsys, tmp_path):
     out = str(tmp_path / "memory.json")
     assert personal_memory.main(["--methods", "magic", "--out", out]) == 2
     assert "methods: must be among inference-int8" in capsys.readouterr().err
+
+
+def test_runs_in_lockstep_learn_what_they_learn_alone(subjects_file, tmp_path):
+    first, second, *_ = read_subjects(subjects_file, lambda word: True)
+    options = ESTIMATORS["paper"] | {"max_train_steps": 3}
+    jobs = [Job("", "paper", s, seed, options) for s, seed in ((first, 0), (second, 0), (first, 1))]
+
+    def train(some):
+        family = load_base(RunConfig(pretrained_model_name_or_path="persona/assets/tiny-sd"))
+        runs = []
+        for i, job in enumerate(some):
+            config = TextualInversionConfig(
+                train_data_dir=str(job.subject.write(tmp_path / f"{job.subject.name}-{job.seed}")),
+                placeholder_token=f"<subject-{i}>",
+                initializer_token=job.subject.word,
+                seed=job.seed,
+                **options,
+            )
+            runs.append(
+                TextualInversion(
+                    family, config, load_folder(Path(config.train_data_dir), resolution=64)
+                )
+            )
+        start = runs[0].theta.clone()
+        for _ in range(3):
+            lockstep.step(runs)
+        assert all(run.steps == 3 and run.rejected == 0 for run in runs)
+        assert (runs[0].theta - start).abs().max() > 1e-3
+        return [run.theta for run in runs]
+
+    for job, theta in zip(jobs, train(jobs), strict=True):
+        [alone] = train([job])
+        torch.testing.assert_close(theta, alone, atol=2e-3, rtol=0.0)

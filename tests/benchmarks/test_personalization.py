@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from colored_subjects import COLORS, picture
 
 from benchmarks import personal_tables, personalization
 from benchmarks.personal_methods import (
@@ -24,9 +23,6 @@ from benchmarks.personal_subjects import class_word, read_subjects
 from benchmarks.report import section
 from persona.data import load_folder
 from persona.errors import UserError
-
-STYLES = ("google emoji", "twitter emoji", "3d emoji")
-COLORS = {"rose": (250, 0, 0), "sea": (0, 0, 250), "leaf": (0, 250, 0)}
 
 
 class ColorScorer:
@@ -60,23 +56,6 @@ class ColorFamily:
 
     def sample(self, prompts, *, seed, steps, guidance, batch):
         return [picture(next(c for n, c in COLORS.items() if n in p)) for p in prompts]
-
-
-def picture(color):
-    return Image.new("RGB", (64, 64), color)
-
-
-@pytest.fixture
-def subjects_file(tmp_path):
-    images, lines = [], []
-    for name, color in COLORS.items():
-        for i, style in enumerate(STYLES):
-            images.append(np.asarray(picture(tuple(max(0, c - i) for c in color))))
-            record = {"caption": name, "style": style, "keywords": [name, "red flower", "plant"]}
-            lines.append(json.dumps(record))
-    np.savez(tmp_path / "few.npz", images=np.stack(images))
-    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path / "few.npz"
 
 
 def test_subjects_hold_out_their_last_style(subjects_file, tmp_path):

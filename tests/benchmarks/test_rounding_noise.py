@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import line_chart, rounding_noise, rounding_probes
+from benchmarks import charts, rounding_noise, rounding_probes
 from persona.demo import ASSETS
 
 
@@ -66,10 +66,11 @@ def test_safe_from_is_the_start_of_the_last_stretch():
 
 
 def test_a_chart_leaves_out_what_has_no_logarithm():
-    lines = [line_chart.Line("a", "red", [(1e-3, 0.5), (1e-2, 0.0), (1.0, float("inf"))])]
-    panel = line_chart.Panel("title", "x", lines, level=3.0)
-    picture = line_chart.draw([panel, line_chart.Panel("empty", "x", [])])
-    assert picture.size == (2 * line_chart.WIDTH, line_chart.HEIGHT)
+    lines = [charts.Line("a", [(1e-3, 0.5), (1e-2, 0.0), (1.0, float("inf"))])]
+    panels = [charts.Panel("title", "x", lines, level=3.0), charts.Panel("empty", "x", [])]
+    panels.append(charts.Panel("named points", "x", lines, log="", joined=False))
+    picture = charts.draw(panels)
+    assert picture.size == (round(3 * charts.WIDTH * charts.DPI), charts.HEIGHT * charts.DPI)
     assert len(picture.getcolors(1 << 20)) > 2
 
 
