@@ -36,6 +36,14 @@ def reason_not_to_build() -> str | None:
     return None
 
 
+def builds_cuda() -> bool:
+    """Where nvcc and a torch for CUDA are found; ZO_KERNELS_CUDA=0 or 1 decides otherwise."""
+    from torch.version import cuda
+
+    wanted = os.environ.get("ZO_KERNELS_CUDA", "1" if cuda else "0")
+    return wanted == "1" and shutil.which("nvcc", path=SEARCH) is not None
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
@@ -54,6 +62,7 @@ class CMakeBuild(build_ext):
             f"-DZO_TORCH_INCLUDE={';'.join(include_paths())}",
             f"-DZO_TORCH_LIB={';'.join(library_paths())}",
             f"-DZO_TORCH_VERSION={__version__}",
+            f"-DZO_CUDA={'ON' if builds_cuda() else 'OFF'}",
         ]  # fmt: skip
         jobs = str(os.cpu_count() or 1)
         for command in (

@@ -34,22 +34,40 @@ start perturbed-linear tests/ops/test_perturbed.py -k "test_linear or test_sever
 start perturbed-conv tests/ops/test_perturbed.py -k "test_conv or test_channels"
 start perturbed-sizes tests/ops/test_perturbed.py -k test_sizes
 start perturbed-rest tests/ops/test_perturbed.py -k "not (test_linear or test_several or test_conv or test_channels or test_sizes)"
-start triton tests/ops/test_triton_add_noise.py tests/ops/test_triton_updates.py tests/ops/test_triton_quantized.py
+start triton tests/ops/test_triton_add_noise.py tests/ops/test_triton_updates.py tests/ops/test_triton_tables.py tests/ops/test_triton_quantized.py
+start cuda tests/ops/test_cuda_cpp.py
+if ls zo_kernels/_cuda.so > /dev/null 2>&1; then
+  export ZO_CUDA_CPP=1
+  start noise-by-cuda tests/ops/test_add_noise.py tests/ops/test_updates.py tests/ops/test_update_grids.py tests/ops/test_random_rounding.py tests/optim/test_graphed.py
+  unset ZO_CUDA_CPP
+else
+  say "CUDA C++ was not built: no nvcc, or a torch without CUDA"
+fi
 start cpp tests/ops/test_cpu_kernels.py tests/ops/test_registry.py tests/ops/test_quantized_gradients.py
 start optim tests/optim tests/quant
 for job in "${waiting[@]}"; do wait "$job" || failed=1; done
 say "tested"
+if ls zo_kernels/_cuda.so > /dev/null 2>&1 && command -v compute-sanitizer > /dev/null; then
+  timeout 60 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+    python3 -m pytest -q -p no:cacheprovider tests/ops/test_cuda_cpp.py -k on_a_gpu > "$OUT/sanitizer.log" 2>&1 || failed=1
+  say "compute-sanitizer: $(grep -h 'ERROR SUMMARY' "$OUT/sanitizer.log" | tail -1)"
+else
+  say "compute-sanitizer: not run, it or the CUDA C++ kernels are missing"
+fi
 
 timeout 150 python3 -m benchmarks.gpu_ops --out "$OUT/gpu_ops.json" > "$OUT/gpu_ops.txt" 2>&1 || failed=1
 tail -3 "$OUT/gpu_ops.txt"
 say "measured ops: $(grep -c '|' "$OUT/gpu_ops.txt") rows"
-left=$(( 530 - (SECONDS - begun) ))
-if [ "$left" -gt 20 ]; then
-  timeout "$left" python3 -m benchmarks.noise_engine --out "$OUT/noise_engine.json" > "$OUT/noise_engine.txt" 2>&1 || failed=1
-  say "measured steps of optimizers"
-else
-  say "no time for benchmarks.noise_engine"
-fi
+for bench in gpu_noise noise_engine; do
+  left=$(( 530 - (SECONDS - begun) ))
+  if [ "$left" -gt 20 ]; then
+    timeout "$left" python3 -m "benchmarks.$bench" --out "$OUT/$bench.json" > "$OUT/$bench.txt" 2>&1 || failed=1
+    say "measured $bench"
+  else
+    say "no time for benchmarks.$bench"
+  fi
+done
 grep -h -A12 "^qlinear\|^qconv2d\|^add_noise_" "$OUT/gpu_ops.txt" >> "$OUT/summary.txt"
+[ ! -f "$OUT/gpu_noise.txt" ] || grep -h -A8 "^noise\|^updates\|^steps" "$OUT/gpu_noise.txt" >> "$OUT/summary.txt"
 say "$([ $failed = 0 ] && echo 'all passed' || echo 'SOMETHING FAILED, see the logs')"
 exit $failed

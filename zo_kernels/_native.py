@@ -10,6 +10,7 @@ from zo_kernels import _env
 
 NOT_BUILT = "not built at install time (no compiler or CMake, or ZO_KERNELS_BUILD=0)"
 _TORCH_LIBRARY = Path(__file__).parent / "_torch.so"
+_CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
 
 
 @cache
@@ -39,4 +40,18 @@ def load_ops() -> str | None:
         torch.ops.load_library(str(_TORCH_LIBRARY))
     except OSError as error:
         return f"{_TORCH_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    return None
+
+
+@cache
+def load_cuda() -> str | None:
+    """Load the CUDA C++ kernels; None, or the reason why there are none."""
+    import torch
+
+    if not _CUDA_LIBRARY.exists():
+        return "not built at install time (no nvcc, a torch without CUDA, or ZO_KERNELS_CUDA=0)"
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    except OSError as error:
+        return f"{_CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     return None

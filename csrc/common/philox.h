@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define ZO_HOST_DEVICE __host__ __device__
+#else
+#define ZO_HOST_DEVICE
+#endif
+
 namespace zo {
 
 enum class Kind { normal, rademacher };
@@ -39,7 +45,7 @@ struct Words {
 
 // Ten rounds of Philox4x32 on one counter (Salmon et al., SC'11). Static, because each instruction set must
 // have a copy of its own: the linker would keep one for all, maybe the one that this CPU cannot run.
-static inline Words philox4x32(Words c, uint64_t key) {
+ZO_HOST_DEVICE static inline Words philox4x32(Words c, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < Philox::kRounds; ++round) {
     const uint64_t p0 = uint64_t{Philox::kMultiplier0} * c.w[0];

@@ -109,6 +109,20 @@ def test_programs_of_several_tiles(kind, monkeypatch, rounded):
             assert_same_bits(x, y)
 
 
+@checks.quiet
+@pytest.mark.interpreter
+def test_numbers_of_the_device(rounded):
+    """Draws count from a base: a launch that has frozen all else perturbs anew."""
+    params, wanted = ([torch.linspace(-1, 1, 300).bfloat16()] for _ in range(2))
+    base, draws = torch.zeros(1, dtype=torch.int64), torch.tensor([0, 2, -50])
+    for first in (5, 2**40):
+        base.fill_(first)
+        rest = (torch.tensor([1e-2, 2.0]), torch.tensor(0.9), "normal", None)
+        add_noise__triton(params, [3], 1, [0, 2], *rest, -50, at=(base, draws))
+        add_noise_ref(wanted, [3], 1, [first, first + 2], *rest, first - 50)
+        assert_same_bits(params[0], wanted[0])
+
+
 def test_a_table_is_found_again():
     params = [torch.zeros(5), torch.zeros(7)]
     assert parts(params) is parts(params)
@@ -146,7 +160,17 @@ def test_few_tables_are_kept_and_a_keeper_holds_what_it_saw():
     assert seen == [first] and parts(params[:1]) is not first
 
 
+def test_a_table_that_a_graph_makes_is_the_graphs_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    with _table.keeping() as seen:
+        made = parts([torch.zeros(8)])
+    assert not _table._tables
+    assert seen[1] is made and isinstance(seen[0], torch.Tensor)  # and what it is copied from
+
+
 @pytest.mark.slow
 def test_interpreter():
     """Runs the test above that is marked so, in a process whose Triton interprets."""
-    assert checks.interpreted(__file__) == 2
+    assert checks.interpreted(__file__) == 3

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zo_kernels.optim import ZOSGD, _grid, _probe
+from zo_kernels.optim import ZOSGD, _calls, _grid, _probe
 from zo_kernels.optim._probe import SNAPSHOT_BYTES, choose
 
 EXACT = [
@@ -129,13 +129,13 @@ class Passes:
 
     def __init__(self, monkeypatch):
         self.count = 0
-        add_noise_ = _probe.add_noise_
+        run = _calls.Call.run
 
-        def counted(params, *args, **kwargs):
+        def counted(call, *args):
             self.count += 1
-            add_noise_(params, *args, **kwargs)
+            run(call, *args)
 
-        monkeypatch.setattr(_probe, "add_noise_", counted)
+        monkeypatch.setattr(_calls.Call, "run", counted)
 
 
 @pytest.mark.parametrize(("keep", "passes"), [(False, 3), (True, 2)])

@@ -82,7 +82,11 @@ def parts(
     key = (params[0].device, tile, *facts, *others, *streams, *quanta)
     found = _tables.get(key)
     if found is None:
-        found = _tables[key] = tuple(_build(tensors, streams, quanta, tile))
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        found = tuple(_build(tensors, streams, quanta, tile, captured))
+        if captured:  # its memory is written when the graph is replayed, not now
+            return kept(found)
+        _tables[key] = found
         if len(_tables) > KEPT:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
@@ -115,6 +119,7 @@ def _build(
     streams: Sequence[int],
     quanta: Sequence[float],
     tile: int,
+    captured: bool,
 ) -> Iterator[Part]:
     params = tensors[0]
     members: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
@@ -134,7 +139,10 @@ def _build(
         chunks = [
             row << 32 | first for row, size in enumerate(sizes) for first in range(0, size, tiles)
         ]
-        whole = torch.tensor(rows + chunks, dtype=torch.int64).to(params[0].device)
+        whole = torch.tensor(rows + chunks, dtype=torch.int64)
+        if captured:  # a graph copies from memory that stays where it is
+            whole = kept(whole.pin_memory())
+        whole = whole.to(params[0].device, non_blocking=True)
         table = whole[: len(rows)].view(-1, ROW)
         yield Part(dtype, grid, aligned, table, whole[len(rows) :], tiles)
 

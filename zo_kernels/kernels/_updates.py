@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zo_kernels import rng
+from zo_kernels import _env, _native, rng
 from zo_kernels._arithmetic import LARGEST, SMALLEST_NORMAL
 from zo_kernels.kernels import _table
 from zo_kernels.kernels._noise import noise, words
@@ -199,27 +199,60 @@ def launch(
     kind: str,
     quanta: Tensor | None,
     round_draw: int | None,
+    at: tuple[Tensor, Tensor] | None,
     **constants: Any,
 ) -> None:
     """One launch of `kernel` for all parameters that have a dtype, a grid or not, and addresses
-    that are multiples of 16 or not: one or two, as a rule."""
+    that are multiples of 16 or not: one or two, as a rule.
+
+    at: `base` and `draws` of `Numbers`, where they and all other numbers lie on the device already.
+    """
     if not params:
         return
-    device = params[0].device
-    numbers = _upload([*draws, round_draw or 0], factors, hyper, device)
+    if at is None:
+        numbers = _upload([*draws, round_draw or 0], factors, hyper, params[0].device)
+    else:
+        numbers = Numbers(*at, factors, hyper)
     quantum = [0.0] * len(params) if quanta is None else quanta.tolist()
     tile = BLOCKS[kind] * rng.GROUP[kind] // rng.BLOCKS_PER_GROUP[kind]
+    cpp = _env.cuda_cpp()
     for part in _table.parts(params, states, streams, quantum, tile):
+        rounds = part.dtype != torch.float32 and round_draw is not None
         with torch.cuda.device_of(params[0]):
+            if cpp:
+                _launch_cpp(
+                    *(kernel.__name__, part, numbers, seed, len(draws), tile, kind, rounds),
+                    sign=constants.get("SIGN", False),
+                    buffer=bool(states),
+                )
+                continue
             kernel[(len(part.chunks),)](
                 *(part.rows, part.chunks, *numbers, seed, len(draws), part.tiles),
                 DTYPE=TYPES[part.dtype],
                 ALIGNED=part.aligned,
                 NORMAL=kind == "normal",
                 GRID=part.grid,
-                ROUNDS=part.dtype != torch.float32 and round_draw is not None,
+                ROUNDS=rounds,
                 BLOCKS=BLOCKS[kind],
                 **constants,
                 num_warps=WARPS,
                 enable_fp_fusion=FUSED,
             )
+
+
+def _launch_cpp(
+    name: str, part: _table.Part, numbers: Numbers, seed: int, terms: int, tile: int, kind: str,
+    rounds: bool, *, sign: bool, buffer: bool,
+) -> None:  # fmt: skip
+    """The same by csrc/cuda, as `_env.cuda_cpp` asks.
+
+    Raises:
+        RuntimeError: it was not built.
+    """
+    if (why := _native.load_cuda()) is not None:
+        raise RuntimeError(f"ZO_CUDA_CPP: the CUDA C++ kernels must be there, got {why}; unset it")
+    torch.ops.zo_kernels._update_table(
+        *(name.removeprefix("_").removesuffix("_kernel"), part.rows, part.chunks, *numbers),
+        *(seed, terms, tile, part.tiles, kind, list(TYPES).index(part.dtype)),
+        *(part.grid, rounds, part.aligned, sign, buffer),
+    )

@@ -73,7 +73,9 @@ def add_noise__triton(
     kind: str,
     quanta: Tensor | None = None,
     round_draw: int | None = None,
+    at: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """One launch a dtype. The arguments are those of the op, checked; params contiguous."""
+    """One launch a dtype. The arguments are those of the op, checked; params contiguous. `at`: see
+    `launch`."""
     terms = (streams, seed, draws, scales)
-    launch(_add_noise__kernel, params, (), *terms, decay, kind, quanta, round_draw)
+    launch(_add_noise__kernel, params, (), *terms, decay, kind, quanta, round_draw, at)

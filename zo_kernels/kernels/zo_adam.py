@@ -97,7 +97,9 @@ def zo_adam__triton(
     kind: str,
     quanta: Tensor | None = None,
     round_draw: int | None = None,
+    at: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """One launch a dtype. The arguments are those of the op, checked; params contiguous."""
+    """One launch a dtype. The arguments are those of the op, checked; params contiguous. `at`: see
+    `launch`."""
     states, terms = (exp_avgs, exp_avg_sqs), (streams, seed, draws, coeffs)
-    launch(_zo_adam__kernel, params, states, *terms, hyper, kind, quanta, round_draw)
+    launch(_zo_adam__kernel, params, states, *terms, hyper, kind, quanta, round_draw, at)

@@ -96,9 +96,13 @@ def zo_sgd__triton(
     kind: str,
     quanta: Tensor | None = None,
     round_draw: int | None = None,
+    at: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """One launch a dtype. The arguments are those of the op, checked; params contiguous."""
+    """One launch a dtype. The arguments are those of the op, checked; params contiguous. `at`: see
+    `launch`."""
     states, terms = (buffers,) if buffers else (), (streams, seed, draws, coeffs)
     constants: dict[str, Any] = {"SIGN": sign, "BUFFER": bool(buffers)}
-    rest = (hyper, kind, quanta, round_draw)
-    launch(_zo_sgd__kernel, params, states, *terms, *rest, **constants)
+    launch(
+        *(_zo_sgd__kernel, params, states, *terms, hyper, kind, quanta, round_draw, at),
+        **constants,
+    )

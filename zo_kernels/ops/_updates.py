@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels import _arithmetic, rng
-from zo_kernels._registry import Backend, cpp_available
+from zo_kernels._registry import Backend, Op, cpp_available
 from zo_kernels._xp import torch_
 from zo_kernels.kernels._triton import triton_available
 
@@ -208,12 +208,47 @@ def normalized(
     )
 
 
+def run_at(op: Op, args: Sequence[Any], base: Tensor, draws: Tensor) -> None:
+    """Runs an update op on numbers that lie where its parameters do: it reads them when it runs,
+    and a captured graph anew at each replay.
+
+    Args:
+        op: `add_noise_`, `zo_sgd_` or `zo_adam_`.
+        args: of its schema, checked, the factors and hyperparameters on the device of the params;
+            `draws` and `round_draw` count from `base`.
+        base: int64 [1]; draws: int64 [T + 1], `draws` and then `round_draw` or 0. On the device.
+
+    Raises:
+        RuntimeError: no kernel on that device reads its numbers there.
+    """
+    device = device_of(*args)
+    if device is None:
+        return
+    if device.type == "cpu":
+        first, given = int(base), list(args)
+        for i, argument in enumerate(op.overload._schema.arguments):
+            if argument.name == "draws":
+                given[i] = [first + draw for draw in given[i]]
+            elif argument.name == "round_draw" and given[i] is not None:
+                given[i] += first
+        op(*given)
+        return
+    chosen = op.choose(args)
+    kernels = [b.kernel for b in op.backends if b.name == chosen and b.kernel is not None]
+    if not kernels:
+        raise RuntimeError(
+            f"{op.name}: the backend must read its numbers on the device, got {chosen!r} on "
+            f"{device}; use contiguous parameters and Triton, or no graph"
+        )
+    kernels[0](*args, at=(base, draws))
+
+
 def backends(name: str) -> tuple[Backend, Backend]:
     """C++, which registers its own kernel, and Triton, whose file is imported at the first call."""
 
-    def launch(*args: Any) -> None:
+    def launch(*args: Any, **more: Any) -> None:
         module = import_module(f"zo_kernels.kernels.{name.rstrip('_')}")
-        getattr(module, f"{name}_triton")(*args)
+        getattr(module, f"{name}_triton")(*args, **more)
 
     return (
         Backend("cpp", "cpu", cpp_available, _supports),

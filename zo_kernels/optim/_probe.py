@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.ops import add_noise_
+from zo_kernels.optim._calls import Action, Base, Call, Copy, adding
 from zo_kernels.optim._virtual import Virtual
 
 PROBES = ("auto", "virtual", "snapshot", "in_place")
@@ -39,22 +40,17 @@ class Span(NamedTuple):
     group: dict[str, Any]
     quanta: list[float] | None = None  # grid of each parameter, 0 for none
 
-    def add(
-        self, terms: Sequence[Term], seed: int, kind: str, round_draw: int | None = None
-    ) -> None:
-        """Adds scale * z(draw) of every term, in one pass over the parameters."""
-        if terms:
-            draws, scales = zip(*terms, strict=True)
-            add_noise_(
-                self.params,
-                self.streams,
-                seed,
-                draws,
-                scales,
-                kind=kind,
-                quanta=self.quanta,
-                round_draw=round_draw,
-            )
+    def adding(self, terms: Sequence[Term], round_draw: int | None = None) -> list[Call]:
+        """Scale * z(draw) of every term, in one pass over the parameters."""
+        return adding(self.params, self.streams, terms, self.quanta, round_draw)
+
+    def add(self, terms: Sequence[Term], seed: int, kind: str, base: Base | None = None) -> None:
+        """Adds them now, or with draws that count from a base on the device."""
+        for call in self.adding(terms):
+            if base is None:
+                call.run(seed, kind)
+            else:
+                call.run_at(base, seed, kind)
 
     def snap(self) -> None:
         """Moves each weight to the nearest point of its grid."""
@@ -62,7 +58,12 @@ class Span(NamedTuple):
 
 
 class Probe(Protocol):
-    """Puts one perturbation at a time under the evaluations."""
+    """Puts one perturbation at a time under the evaluations.
+
+    base: what the draws count from, on the device, while a graph is captured.
+    """
+
+    base: Base | None
 
     def write(self, draw: int, sign: float) -> None:
         """From now on the weights are theta + sign eps z(draw)."""
@@ -70,8 +71,11 @@ class Probe(Protocol):
     def reading(self) -> AbstractContextManager[Any]:
         """Holds while the model is evaluated."""
 
-    def release(self, number: int) -> list[Term]:
-        """Terms that the caller has to add to span `number` to make it theta again."""
+    def release(self, number: int) -> tuple[list[Action], list[Term]]:
+        """What the caller has to do, then to add, to make span `number` theta again."""
+
+    def begin(self, held: Sequence[Term | None] = ()) -> None:
+        """Before the evaluations of a step: the weights are theta, but for what they hold."""
 
     def restore(self) -> None:
         """The weights are theta again, whatever happened."""
@@ -83,15 +87,28 @@ class Probe(Protocol):
 class Snapshot:
     """Each perturbation is added to a fresh copy of the saved weights: one rounding, none kept."""
 
+    base: Base | None = None
+
     def __init__(self, spans: Sequence[Span], seed: int, kind: str) -> None:
         self.spans, self.seed, self.kind = spans, seed, kind
-        self.saved = [[p.detach().clone() for p in span.params] for span in spans]
+        self.saved: list[list[Tensor]] = []
+        self.taken = False
+
+    def begin(self, held: Sequence[Term | None] = ()) -> None:
+        self.taken = False
 
     def write(self, draw: int, sign: float) -> None:
-        self.restore()
+        if self.taken:
+            self.restore()
+        elif self.saved:  # memory that a graph knows
+            for number, span in enumerate(self.spans):
+                Copy(self.saved[number], span.params).run(self.seed, self.kind)
+        else:
+            self.saved = [[p.detach().clone() for p in span.params] for span in self.spans]
+        self.taken = True
         if sign:
             for span in self.spans:
-                span.add([(draw, sign * span.group["eps"])], self.seed, self.kind)
+                span.add([(draw, sign * span.group["eps"])], self.seed, self.kind, self.base)
 
     def reading(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -99,14 +116,14 @@ class Snapshot:
     def check(self, owner: str) -> None:
         pass
 
-    def release(self, number: int) -> list[Term]:
-        for p, original in zip(self.spans[number].params, self.saved[number], strict=True):
-            p.copy_(original)
-        return []
+    def release(self, number: int) -> tuple[list[Action], list[Term]]:
+        back = [Copy(self.spans[number].params, self.saved[number])] if self.taken else []
+        return [*back], []
 
     def restore(self) -> None:
         for number in range(len(self.spans)):
-            self.release(number)
+            for action in self.release(number)[0]:
+                action.run(self.seed, self.kind)
 
 
 class InPlace:
@@ -115,18 +132,21 @@ class InPlace:
     held: what is in the weights now, a term for each span.
     """
 
-    def __init__(
-        self, spans: Sequence[Span], seed: int, kind: str, held: Sequence[Term | None] | None = None
-    ) -> None:
+    base: Base | None = None
+
+    def __init__(self, spans: Sequence[Span], seed: int, kind: str) -> None:
         self.spans, self.seed, self.kind = spans, seed, kind
-        self.held: list[Term | None] = list(held) if held else [None] * len(spans)
+        self.held: list[Term | None] = [None] * len(spans)
+
+    def begin(self, held: Sequence[Term | None] = ()) -> None:
+        self.held = list(held) or [None] * len(self.spans)
 
     def write(self, draw: int, sign: float) -> None:
         for number, span in enumerate(self.spans):
             term = (draw, sign * span.group["eps"]) if sign else None
             if term != self.held[number]:
-                added = [*self.release(number), term] if term else self.release(number)
-                span.add(added, self.seed, self.kind)
+                out = self.release(number)[1]
+                span.add([*out, term] if term else out, self.seed, self.kind, self.base)
                 self.held[number] = term
 
     def reading(self) -> AbstractContextManager[Any]:
@@ -135,9 +155,9 @@ class InPlace:
     def check(self, owner: str) -> None:
         pass
 
-    def release(self, number: int) -> list[Term]:
+    def release(self, number: int) -> tuple[list[Action], list[Term]]:
         term, self.held[number] = self.held[number], None
-        return [(term[0], -term[1])] if term else []
+        return [], [(term[0], -term[1])] if term else []
 
     def restore(self) -> None:
         self.write(0, 0.0)
@@ -154,5 +174,6 @@ def choose(name: str, params: Sequence[Tensor]) -> str:
 
 def make_probe(name: str, spans: Sequence[Span], seed: int, kind: str) -> Probe:
     """The probe called `name`, one of PROBES without `auto`."""
-    kinds = {"snapshot": Snapshot, "in_place": InPlace, "virtual": Virtual}
-    return kinds[name](spans, seed, kind)
+    kinds: dict[str, Any] = {"snapshot": Snapshot, "in_place": InPlace, "virtual": Virtual}
+    probe: Probe = kinds[name](spans, seed, kind)
+    return probe

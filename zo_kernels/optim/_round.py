@@ -60,10 +60,15 @@ class Evaluation:
 
 
 class Round:
-    """What lies between `probes` and `tell`."""
+    """What lies between `probes` and `tell`.
+
+    apply: what updates the weights in place of the optimizer, given this and the coefficients.
+    """
+
+    apply: Callable[[Round, list[list[float]]], None] | None = None
 
     def __init__(self, spans: list[Span], probe: Probe, plan: Sequence[tuple[int, float]]) -> None:
-        self.spans, self.probe = spans, probe
+        self.spans, self.probe, self.plan = spans, probe, plan
         self.evaluations = [Evaluation(probe, draw, sign) for draw, sign in plan]
 
 

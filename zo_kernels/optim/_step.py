@@ -15,7 +15,8 @@ from zo_kernels._zolog import ROUNDING
 from zo_kernels.estimators import check, coefficients, schedule
 from zo_kernels.optim import _grid
 from zo_kernels.optim._base import GroupedOptimizer
-from zo_kernels.optim._probe import InPlace, Span, Term, choose, make_probe
+from zo_kernels.optim._calls import Action, Call
+from zo_kernels.optim._probe import Span, Term, choose, make_probe
 from zo_kernels.optim._round import Closure, Evaluation, Round, own
 
 
@@ -108,9 +109,7 @@ class ZOOptimizer(GroupedOptimizer):
         plan = [(self.draw + j, sign) for j, sign in schedule(self.estimator, self.n)]
         plan = plan if self.exchange is None else self.exchange.mine(plan)
         probe = make_probe(name, spans, self.seed, self.kind)
-        if held:
-            assert isinstance(probe, InPlace)
-            probe.held = held
+        probe.begin(held)
         self._round = Round(spans, probe, plan)
         return self._round.evaluations
 
@@ -146,7 +145,7 @@ class ZOOptimizer(GroupedOptimizer):
         self.steps += 1
         accepted = all(math.isfinite(c) for row in coeffs for c in row)
         if accepted:
-            self._apply(current, coeffs)
+            (current.apply or self._apply)(current, coeffs)
         else:
             current.probe.restore()
             self.rejected += 1
@@ -222,25 +221,32 @@ class ZOOptimizer(GroupedOptimizer):
         return rows
 
     def _apply(self, current: Round, coeffs: list[list[float]]) -> None:
+        for action in self._actions(current, coeffs):
+            action.run(self.seed, self.kind)
+
+    def _actions(self, current: Round, coeffs: list[list[float]]) -> list[Action]:
         """Restore, update and, on request, the next perturbation: one pass where that is exact."""
         draws = range(self.draw, self.draw + self.n)
         rows = {id(g): row for g, row in zip(self.param_groups, coeffs, strict=True)}
         round_draw = ROUNDING + self.draw
+        actions: list[Action] = []
         for number, span in enumerate(current.spans):
             row = rows[id(span.group)]
-            out = current.probe.release(number)
+            back, out = current.probe.release(number)
+            actions += back
             held = (self.draw + self.n, span.group["eps"]) if self.keep_perturbed else None
             into = [held] if held else []
             scales = self._as_noise(span.group, row)
             if scales is None:
-                span.add(out, self.seed, self.kind)
-                self._update(span, draws, row, round_draw)
-                span.add(into, self.seed, self.kind)
+                actions += span.adding(out)
+                actions += self._update(span, draws, row, round_draw)
+                actions += span.adding(into)
             else:
                 terms = [*out, *zip(draws, scales, strict=True), *into]
-                span.add(terms, self.seed, self.kind, round_draw)
+                actions += span.adding(terms, round_draw)
             if held:
                 span.group["held"] = [*held, self._trainable(span.group)]
+        return actions
 
     def _as_noise(self, group: dict[str, Any], coeffs: Sequence[float]) -> list[float] | None:
         """Scales s_j if the update is theta + sum_j s_j z_j and nothing else, otherwise None."""
@@ -249,5 +255,5 @@ class ZOOptimizer(GroupedOptimizer):
     @abstractmethod
     def _update(
         self, span: Span, draws: Sequence[int], coeffs: Sequence[float], round_draw: int
-    ) -> None:
-        """Updates the parameters of one group with g_hat = sum_j coeffs[j] z(draws[j])."""
+    ) -> list[Call]:
+        """What updates the parameters of one group with g_hat = sum_j coeffs[j] z(draws[j])."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from zo_kernels.ops import add_noise_
+from zo_kernels.optim._calls import Action, Base, adding
 
 if TYPE_CHECKING:
     from zo_kernels.optim._probe import Span, Term
@@ -39,6 +39,8 @@ class Virtual(TorchFunctionMode):
     reads: number of perturbed copies that it made.
     """
 
+    base: Base | None = None
+
     def __init__(self, spans: Sequence[Span], seed: int, kind: str) -> None:
         super().__init__()
         self.seed, self.kind = seed, kind
@@ -55,8 +57,11 @@ class Virtual(TorchFunctionMode):
     def reading(self) -> AbstractContextManager[Any]:
         return self if self.sign else nullcontext()
 
-    def release(self, number: int) -> list[Term]:
-        return []
+    def begin(self, held: Sequence[Term | None] = ()) -> None:
+        pass
+
+    def release(self, number: int) -> tuple[list[Action], list[Term]]:
+        return [], []
 
     def restore(self) -> None:
         self.sign = 0.0
@@ -118,8 +123,11 @@ class Virtual(TorchFunctionMode):
             # the copy is neither an inference tensor nor one that needs no gradient.
             with torch.inference_mode(False), torch.no_grad():
                 copy = value.detach().clone()
-                scale = self.sign * group["eps"]
-                add_noise_([copy], [stream], self.seed, [self.draw], [scale], kind=self.kind)
+                for call in adding([copy], [stream], [(self.draw, self.sign * group["eps"])]):
+                    if self.base is None:
+                        call.run(self.seed, self.kind)
+                    else:
+                        call.run_at(self.base, self.seed, self.kind)
                 made[id(value)] = copy.requires_grad_(value.requires_grad)
             self.reads += 1
         return made[id(value)]

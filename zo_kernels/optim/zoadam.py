@@ -17,8 +17,9 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from zo_kernels.ops import zo_adam_
+from zo_kernels._arithmetic import adam_hyper
 from zo_kernels.optim._base import Shared
+from zo_kernels.optim._calls import Call
 from zo_kernels.optim._docs import documented
 from zo_kernels.optim._probe import Span
 from zo_kernels.optim._step import ZOOptimizer
@@ -114,26 +115,27 @@ class ZOAdam(ZOOptimizer):
 
     def _update(
         self, span: Span, draws: Sequence[int], coeffs: Sequence[float], round_draw: int
-    ) -> None:
+    ) -> list[Call]:
         group = span.group
-        for step, members in self._by_step(span):
-            zo_adam_(
-                members.params,
-                [self._moment(p, "exp_avg") for p in members.params],
-                [self._moment(p, "exp_avg_sq") for p in members.params],
-                members.streams,
-                self.seed,
-                draws,
-                coeffs,
-                step=step,
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                adam_eps=group["adam_eps"],
-                weight_decay=group["weight_decay"],
-                kind=self.kind,
+        numbers = {
+            "lr": float(group["lr"]),
+            "betas": group["betas"],
+            "adam_eps": group["adam_eps"],
+            "weight_decay": group["weight_decay"],
+        }
+        return [
+            Call(
+                *("zo_adam_", members.params, members.streams, draws, coeffs),
+                *(adam_hyper(step, **numbers), {"step": step, **numbers}),
+                states=[
+                    [self._moment(p, name) for p in members.params]
+                    for name in ("exp_avg", "exp_avg_sq")
+                ],
                 quanta=members.quanta,
                 round_draw=round_draw,
             )
+            for step, members in self._by_step(span)
+        ]
 
     def _by_step(self, span: Span) -> Iterable[tuple[int, Span]]:
         """The parameters by their step, this one included: one part, but for thawed ones."""

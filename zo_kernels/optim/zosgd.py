@@ -15,8 +15,9 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from zo_kernels.ops import add_noise_, zo_sgd_
+from zo_kernels._arithmetic import sgd_hyper
 from zo_kernels.optim._base import Shared
+from zo_kernels.optim._calls import Call
 from zo_kernels.optim._docs import documented
 from zo_kernels.optim._probe import Span
 from zo_kernels.optim._step import ZOOptimizer
@@ -46,34 +47,33 @@ def sgd_update_(
         sign: step by the sign of b, as `ZOSignSGD` does.
         quanta, round_draw: as in `zo_kernels.ops.add_noise_`.
     """
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "sign": sign}
+    call = _call(params, streams, buffers, draws, coeffs, quanta, round_draw, **numbers)
+    call.run(seed, kind)
+
+
+def _call(
+    params: Sequence[Tensor],
+    streams: Sequence[int],
+    buffers: Sequence[Tensor] | None,
+    draws: Sequence[int],
+    coeffs: Sequence[float],
+    quanta: Sequence[float] | None,
+    round_draw: int | None,
+    **numbers: Any,
+) -> Call:
+    """The call that makes the update; without state it is one of noise alone."""
+    lr, sign = numbers["lr"], numbers["sign"]
+    rounding: dict[str, Any] = {"quanta": quanta, "round_draw": round_draw}
     if buffers is None and not sign:
-        decay, scales = 1.0 - lr * weight_decay, [-lr * c for c in coeffs]
-        add_noise_(
-            params,
-            streams,
-            seed,
-            draws,
-            scales,
-            decay,
-            kind,
-            quanta=quanta,
-            round_draw=round_draw,
-        )
-        return
-    zo_sgd_(
-        params,
-        buffers,
-        streams,
-        seed,
-        draws,
-        coeffs,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        sign=sign,
-        kind=kind,
-        quanta=quanta,
-        round_draw=round_draw,
+        decay, scales = 1.0 - lr * numbers["weight_decay"], [-lr * c for c in coeffs]
+        more: dict[str, Any] = {"hyper": (decay,), "options": {"decay": decay}}
+        return Call("add_noise_", params, streams, draws, scales, **more, **rounding)
+    hyper = sgd_hyper(lr, numbers["momentum"], numbers["weight_decay"])
+    return Call(
+        *("zo_sgd_", params, streams, draws, coeffs, hyper, numbers),
+        states=(buffers,),
+        **rounding,
     )
 
 
@@ -100,26 +100,19 @@ class Descent(ZOOptimizer):
 
     def _update(
         self, span: Span, draws: Sequence[int], coeffs: Sequence[float], round_draw: int
-    ) -> None:
+    ) -> list[Call]:
         group = span.group
         buffers = None
         if group["momentum"]:
             buffers = [self._moment(p, "momentum_buffer") for p in span.params]
-        sgd_update_(
-            span.params,
-            span.streams,
-            buffers,
-            seed=self.seed,
-            draws=draws,
-            coeffs=coeffs,
+        call = _call(
+            *(span.params, span.streams, buffers, draws, coeffs, span.quanta, round_draw),
             lr=float(group["lr"]),
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             sign=self.sign,
-            kind=self.kind,
-            quanta=span.quanta,
-            round_draw=round_draw,
         )
+        return [call]
 
 
 @documented

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of `zo_adam_`: both kinds of noise, every dtype, on a grid or rounded at random.
+#include "cuda/rules.cuh"
+
+namespace zo::cuda {
+
+cudaError_t zo_adam(const Launch& launch, cudaStream_t stream) { return dispatch<ZoAdam>(launch, stream); }
+
+}  // namespace zo::cuda
