@@ -2,6 +2,7 @@
 """The frozen model of a run, as its options say: loaded, checked, quantized."""
 
 from persona.config import RunConfig
+from persona.embedding import halve_embeddings_
 from persona.errors import UserError
 from persona.families import StableDiffusion, load_pipeline
 from zo_kernels.quant import QuantConfig
@@ -44,7 +45,8 @@ def quantize(config: RunConfig, family: StableDiffusion) -> None:
     """Hold weights as ``base_precision`` and ``activation_precision`` say.
 
     int4 is for the UNet alone, as in ZOODiP's 4-bit variant: groups of 64 inputs share a scale;
-    layers that these do not fit, the text encoder and the VAE have 8 bits.
+    layers that these do not fit, the text encoder and the VAE have 8 bits. Beside integers, token
+    embeddings have 16 bits; rows that are learned are not among them.
     """
     if config.base_precision == "as-loaded":
         return
@@ -55,3 +57,4 @@ def quantize(config: RunConfig, family: StableDiffusion) -> None:
     else:
         four = QuantConfig(f"w4{activations}-g{GROUP}", fallback=eight.spec)
         family.quantize(eight, unet=four)
+    halve_embeddings_(family.pipe.text_encoder)
