@@ -20,7 +20,8 @@ class HalfEmbedding(nn.Embedding):
     """
 
     def __init__(self, table: Tensor, padding_idx: int | None = None) -> None:
-        super().__init__(*table.shape, padding_idx=padding_idx, device="meta")
+        words, width = table.shape
+        super().__init__(words, width, padding_idx, device="meta")
         del self.weight
         self.register_buffer("weight", table.detach().half())
 

@@ -71,9 +71,7 @@ def test_bad_arguments(capsys, tmp_path, arguments, told):
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["inference-int4", "zoodip-int8", "tuneqdm-zo", "selective-bp-low"]
-)
+@pytest.mark.parametrize("name", ["inference-int4", "zoodip-int8", "tuneqdm-zo", "selective"])
 def test_memory_of_a_tiny_model(name):
     at = personal_memory.measure(name, "tiny")
     assert at["imported"] > 0 and at["loaded"] <= at["peak"]

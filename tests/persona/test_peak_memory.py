@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory: of a call alone, and of the whole process all the same."""
 
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +21,27 @@ def test_the_peak_of_a_call():
     assert large[0] == 256 * MIB // 4
     assert large[1] - small[1] > 200 * MIB
     assert peak_bytes(CPU) >= large[1]
+
+
+HOLES = """
+import torch
+from pathlib import Path
+from persona.memory import give_back_large_blocks
+torch.ones(2**22)  # freed, it would make glibc keep all blocks up to its size
+give_back_large_blocks()
+blocks = [torch.ones(2**17 if i % 2 == 0 else 2**10) for i in range(400)]  # 512 KiB and 4 KiB
+small = blocks[1::2]
+pages = [int(Path("/proc/self/statm").read_text().split()[1])]
+del blocks
+pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+print((pages[0] - pages[1]) * 4096 / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc, and reads /proc")
+def test_freed_blocks_between_lasting_ones_go_back():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 90
 
 
 def test_sizes_are_read_by_people():
