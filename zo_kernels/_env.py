@@ -2,6 +2,7 @@
 """Every environment variable that zo_kernels reads, in one place."""
 
 import os
+from pathlib import Path
 
 
 def backend() -> str:
@@ -20,3 +21,20 @@ def cuda_cpp() -> bool:
     Triton is the default until a row in benchmarks/results shows that C++ is faster.
     """
     return os.environ.get("ZO_CUDA_CPP", "0") == "1"
+
+
+def autotune() -> bool:
+    """ZO_AUTOTUNE: "1" lets Triton kernels time their tiles; see `kernels._tuning`. Default "0".
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get("ZO_AUTOTUNE", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"ZO_AUTOTUNE: it must be 0 or 1, got {value!r}; choose one")
+    return value == "1"
+
+
+def cache() -> Path:
+    """ZO_CACHE: the folder of what is measured once for a machine; default ~/.cache/zo_kernels."""
+    return Path(os.environ.get("ZO_CACHE") or Path.home() / ".cache" / "zo_kernels")

@@ -28,7 +28,7 @@ from zo_kernels.testing import assert_close_to_math, assert_same_bits
 pytest.importorskip("triton")
 checks = pytest.importorskip("triton_checks")
 from zo_kernels.kernels import _multiply, _rows, quantize_rows  # noqa: E402
-from zo_kernels.kernels._tiles import PROCESSORS, tiles  # noqa: E402
+from zo_kernels.kernels._tiles import FEW_PROGRAMS, PROCESSORS, tiles  # noqa: E402
 from zo_kernels.kernels.qconv2d import qconv2d_triton  # noqa: E402
 from zo_kernels.kernels.qlinear import qlinear_triton  # noqa: E402
 
@@ -317,7 +317,10 @@ def test_ahead_of_time(architecture, case, monkeypatch, tmp_path):
         text = kernel.asm["amdgcn" if amd else "ptx"]
         if name == "_product_kernel":
             assert re.search(PRODUCT[architecture][not call.is_integer], text)
-        if call.is_integer and not (amd and name.startswith("_quantize")):  # which makes div of fma
+            if len(call.x) == 1 and not amd:  # few rows: what a loop loads comes by 16 bytes
+                sizes = re.findall(r"cp\.async\.c\w\.shared\.global .*?, .*?, (\w+)", text)
+                assert set(sizes) == {"0x10"}
+        if call.is_integer and not (amd and name == "_rows_kernel"):  # which makes div of fma
             assert not re.search(r"\bfma\.rn\.f32|v_fma_f32|v_fmac_f32|v_mad_f32", text)
 
 
@@ -349,7 +352,19 @@ def test_tiles(integer, heavy):
                 assert groups == 1 or taps * channels // groups % cut.k == 0
                 assert cut.splits == 1 or splittable
                 blocks = -(-rows // cut.m) * -(-640 // cut.n)
-                assert cut.splits == 1 or blocks * cut.splits < 2 * PROCESSORS
+                few = 1 if heavy or cut.m > 32 else FEW_PROGRAMS
+                assert cut.splits == 1 or blocks * cut.splits < 2 * few * PROCESSORS
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (12288, 3072)])
+def test_few_rows_have_programs_for_the_rate_of_memory(n, k):
+    for rows in (1, 16):
+        for integer, groups in ((False, k // 64), (True, 1)):
+            kind = {"integer": integer, "heavy": False, "splittable": True}
+            cut = tiles(rows, n, 1, k, groups, **kind)
+            on_their_way = cut.n * cut.k // 2 * cut.stages  # bytes of 4-bit codes in a program
+            programs = n // cut.n * cut.splits
+            assert programs * on_their_way >= PROCESSORS * 20 * 1024
 
 
 def test_the_operand_of_floats():

@@ -4,6 +4,7 @@
 `call` is an `ops._quantized.Call`, checked; its module imports this one, not the other way round.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from zo_kernels.kernels._epilogue import _join_kernel
 from zo_kernels.kernels._product import _product_kernel
-from zo_kernels.kernels._tiles import Tiles, tiles
+from zo_kernels.kernels._tiles import Tiles, options, tiles
+from zo_kernels.kernels._tuning import bucket, tuned
 from zo_kernels.kernels.quantize_rows import quantize_rows_triton
 
 _JOINED = 256  # columns of a program that joins parts
@@ -90,17 +92,18 @@ def multiply(
     if call.perturb != "none":
         draws = torch.tensor(call.draws, dtype=torch.int64).to(y.device, non_blocking=True)
         coeffs = call.coeffs.to(y.device, non_blocking=True)
-    part = None
-    if cut.splits > 1:
-        part = y.new_empty((cut.splits, m, n), dtype=torch.int32 if integer else torch.float32)
     sixteenths = call.bits == 4 and not (integer and call.zero_point is not None)
     noise = {"PERTURB": call.perturb, "NORMAL": call.kind == "normal"}
     noise["UNIT"] = 16 if sixteenths else 1
     weight = (_words(call.qweight), call.scale.contiguous(), _whole(call.zero_point))
     in_scale = None if integer else _whole(call.in_scale)
     outputs = [_whole(t) for t in (a_scale, call.bias, residual, y)]
-    grid = (count * triton.cdiv(m // count, cut.m) * triton.cdiv(n, cut.n) * cut.splits,)
-    with torch.cuda.device_of(y):
+
+    def run(cut: Tiles) -> None:
+        part = None
+        if cut.splits > 1:
+            part = y.new_empty((cut.splits, m, n), dtype=torch.int32 if integer else torch.float32)
+        grid = (count * triton.cdiv(m // count, cut.m) * triton.cdiv(n, cut.n) * cut.splits,)
         _product_kernel[grid](
             *(a, *weight, in_scale, *outputs, part, draws, coeffs, m // count),
             *(n, channels, taps, groups, rows_of_a_scale, call.seed, call.stream, a.stride(0)),
@@ -132,6 +135,15 @@ def multiply(
                 num_warps=4,
                 enable_fp_fusion=False,
             )
+
+    formats = dict(zip(("rows", "n", "taps", "channels", "groups"), shape, strict=True))
+    formats |= {"rows": bucket(formats["rows"]), "bits": call.bits, "perturb": call.perturb}
+    formats |= {"dtype": dtype, "parts": parts, "out": y.dtype, "zero": call.zero_point is not None}
+    formats |= {} if picture is None else {"stride": picture.stride, "width": picture.size[1]}
+    by = partial(options, *shape[2:], heavy=heavy, splittable=splittable)
+    with torch.cuda.device_of(y):
+        op = "qlinear" if picture is None else "qconv2d"
+        run(tuned(op, formats, cut, by, run, y.device))
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:

@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 MOST_SPLITS = 16
 PROCESSORS = 132  # multiprocessors that should have work; an H200's. No device is asked
+# Programs of few rows that each of them should have at least: a tile of 4-bit codes in groups of 64
+# is 2 KB, four of them are on their way in a program, and an H200 needs some 25 KB on their way for
+# each multiprocessor (4.3 TB/s times 0.8 us) to read as fast as it can.
+FEW_PROGRAMS = 2
 
 
 class Tiles(NamedTuple):
@@ -44,19 +48,37 @@ def tiles(
         splittable: whether sums may be joined from parts.
     """
     m = min(64 if heavy else 128, max(16, _power(rows)))
+    few = m <= 32 and not heavy
     most = 128 if integer else 32 if heavy else 64
-    k = _tile_k(taps, channels, groups, most, small=m <= 32 and not heavy)
+    k = _tile_k(taps, channels, groups, most, small=few)
+    steps = groups if groups > 1 else taps * -(-channels // k)
+    most_splits = min(MOST_SPLITS, max(1, steps // 4)) if few and splittable else 1
     wide = 64 if heavy or m <= 32 else 128
-    while wide > 32 and -(-rows // m) * -(-n // wide) < PROCESSORS:
+    while wide > 32 and -(-rows // m) * -(-n // wide) * most_splits < PROCESSORS:
         wide //= 2
     count = -(-rows // m) * -(-n // wide)
-    steps = groups if groups > 1 else taps * -(-channels // k)
+    wanted = PROCESSORS * (FEW_PROGRAMS if few else 1)
     splits = 1
     # A program keeps at least 4 steps, or its sums would be more traffic than its codes.
-    while splittable and count * splits < PROCESSORS and steps >= 8 * splits < 8 * MOST_SPLITS:
+    while splittable and count * splits < wanted and steps >= 8 * splits < 8 * MOST_SPLITS:
         splits *= 2
     warps = 8 if m * wide >= 128 * 128 else 4
     return Tiles(m, wide, k, splits, warps, stages=4 if m <= 32 else 3)
+
+
+def options(
+    taps: int, channels: int, groups: int, *, heavy: bool, splittable: bool
+) -> dict[str, tuple[int, ...]]:
+    """What tuning may try for each field: all of it gives right results."""
+    size = taps * channels // groups
+    return {
+        "splits": (1, 2, 4, 8, 16, 32) if splittable else (1,),
+        "n": (32, 64, 128) if heavy else (32, 64, 128, 256),
+        "m": (16, 32, 64) if heavy else (16, 32, 64, 128),
+        "k": tuple(k for k in (32, 64, 128, 256) if groups == 1 or size % k == 0),
+        "stages": (2, 3, 4, 5, 6),
+        "warps": (4, 8),
+    }
 
 
 def _tile_k(taps: int, channels: int, groups: int, most: int, small: bool) -> int:

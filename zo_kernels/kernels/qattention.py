@@ -22,6 +22,10 @@ from torch import Tensor
 
 from zo_kernels.kernels._attention import halves, halves_of, unit_of
 from zo_kernels.kernels._codes import magnitude
+from zo_kernels.kernels._tuning import bucket, tuned
+
+# What tuning may try; n divides `_attention.KEYS`.
+OPTIONS = {"n": (16, 32, 64, 128), "m": (16, 32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)}
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TOP = tl.constexpr(14.0)  # log2 of the largest weight: small ones stay above fp16's subnormals
@@ -156,17 +160,23 @@ def qattention_triton(
         return out
     depth, keys = width // heads, key.shape[1]
     high, low = padded_depth(depth)
-    cut = tiles(queries, high + low)
     with torch.cuda.device_of(query):
         codes, largest = halves(key, value, heads, high + low)
-        _qattention_kernel[(batch * heads * triton.cdiv(queries, cut.m),)](
-            *(query, *codes, *largest, out, queries, keys, codes.shape[3], heads, depth),
-            *(*query.stride()[:2], scale),
-            HIGH=high,
-            LOW=low,
-            BLOCK_M=cut.m,
-            BLOCK_N=cut.n,
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-        )
+
+        def run(cut: Tiles) -> None:
+            _qattention_kernel[(batch * heads * triton.cdiv(queries, cut.m),)](
+                *(query, *codes, *largest, out, queries, keys, codes.shape[3], heads, depth),
+                *(*query.stride()[:2], scale),
+                HIGH=high,
+                LOW=low,
+                BLOCK_M=cut.m,
+                BLOCK_N=cut.n,
+                num_warps=cut.warps,
+                num_stages=cut.stages,
+            )
+
+        formats: dict[str, object] = {"queries": bucket(queries), "keys": bucket(keys)}
+        formats |= {"depth": depth, "heads": batch * heads, "dtype": query.dtype}
+        cut = tiles(queries, high + low)
+        run(tuned("qattention", formats, cut, lambda: OPTIONS, run, query.device))
     return out

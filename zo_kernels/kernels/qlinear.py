@@ -3,6 +3,12 @@
 
 x is int8, fp32, bf16 or fp16 [..., K]; the packed weight is read as it lies. Traffic: x once for
 each 32 to 128 output channels, the weight once, y once.
+
+With few rows (1 to 16) the floor is the weight: N K bits / 8 bytes, and 4 for each scale, over the
+rate of memory. So programs are many and small (`_tiles.FEW_PROGRAMS`), each of its own piece of k;
+codes come 16 bytes at a time and are unpacked in registers. On top of the floor come the sums, 4
+bytes for each of M N outputs and each piece of k, written and read through L2, and a second launch
+that joins them. Not yet confirmed on a GPU.
 """
 
 from typing import Any
