@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_ops import Candidate, peaks, table, unavailable
+from benchmarks.gpu_ops import peaks, unavailable
+from benchmarks.gpu_table import Candidate, table
 from benchmarks.noise_engine import mezo_perturb, unet_shapes
 from benchmarks.timing import machine
 from zo_kernels import _native

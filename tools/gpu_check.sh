@@ -28,6 +28,7 @@ start() { tests "$@" & waiting+=($!); }
 start noise tests/ops/test_noise_contract.py tests/ops/test_add_noise.py tests/ops/test_noise_at_scale.py
 start updates tests/ops/test_updates.py tests/ops/test_update_grids.py tests/ops/test_update_mathematics.py tests/ops/test_random_rounding.py
 start rows tests/ops/test_quantize_rows.py tests/ops/test_group_norm.py
+start attention tests/ops/test_row_norm.py tests/ops/test_qattention.py
 start linear tests/ops/test_qlinear.py
 start conv tests/ops/test_qconv2d.py
 start perturbed-linear tests/ops/test_perturbed.py -k "test_linear or test_several"
@@ -58,7 +59,7 @@ fi
 timeout 150 python3 -m benchmarks.gpu_ops --out "$OUT/gpu_ops.json" > "$OUT/gpu_ops.txt" 2>&1 || failed=1
 tail -3 "$OUT/gpu_ops.txt"
 say "measured ops: $(grep -c '|' "$OUT/gpu_ops.txt") rows"
-for bench in gpu_noise noise_engine; do
+for bench in gpu_noise gpu_steps noise_engine; do
   left=$(( 530 - (SECONDS - begun) ))
   if [ "$left" -gt 20 ]; then
     timeout "$left" python3 -m "benchmarks.$bench" --out "$OUT/$bench.json" > "$OUT/$bench.txt" 2>&1 || failed=1
@@ -67,7 +68,8 @@ for bench in gpu_noise noise_engine; do
     say "no time for benchmarks.$bench"
   fi
 done
-grep -h -A12 "^qlinear\|^qconv2d\|^add_noise_" "$OUT/gpu_ops.txt" >> "$OUT/summary.txt"
+grep -h -A17 "^qlinear\|^qconv2d\|^add_noise_" "$OUT/gpu_ops.txt" >> "$OUT/summary.txt"
 [ ! -f "$OUT/gpu_noise.txt" ] || grep -h -A8 "^noise\|^updates\|^steps" "$OUT/gpu_noise.txt" >> "$OUT/summary.txt"
+[ ! -f "$OUT/gpu_steps.txt" ] || cat "$OUT/gpu_steps.txt" >> "$OUT/summary.txt"
 say "$([ $failed = 0 ] && echo 'all passed' || echo 'SOMETHING FAILED, see the logs')"
 exit $failed

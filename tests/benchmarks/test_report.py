@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import report
+from benchmarks import gpu_summary, report
 from benchmarks.integer_ops import OpRow
 
 
@@ -63,3 +63,23 @@ def test_the_kept_rows_are_shown():
     assert paths
     for path in paths:
         assert report.section(path).startswith("## ")
+
+
+def test_the_table_of_a_gpu(tmp_path):
+    assert gpu_summary.text(tmp_path) == gpu_summary.NONE
+    rows = [
+        ["w8a8", "triton", "2.0", "", "", "60% of int8", "1.50"],
+        ["w4a8", "triton", "1.5", "", "", "80% of int8", "2.00"],
+        ["torch bf16", "torch", "3.0", "", "", "90% of bf16", "1.00"],
+        ["gemlite", "not installed", "", "", "", "", ""],
+    ]
+    table = {"title": "qlinear, here", "columns": [], "rows": rows}
+    write(tmp_path, gpu_summary.ROWS, {"machine": {"gpu": "one"}, "tables": [table]})
+    text = gpu_summary.text(tmp_path)
+    assert text.startswith("| one |") and text.endswith(
+        "| qlinear, here | w4a8 | 1.5 | 80% of int8 | 2.00 |\n"
+    )
+    document = f"a\n{gpu_summary.BEGIN}old\n{gpu_summary.END}b\n"
+    assert gpu_summary.into(document, text) == document.replace("old\n", text)
+    with pytest.raises(ValueError, match="must hold the lines"):
+        gpu_summary.into("a", text)
