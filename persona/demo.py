@@ -24,8 +24,9 @@ ASSETS = Path(str(files("persona"))) / "assets"
 DEMO_STYLES = STYLES[:3]  # those of the subject's pictures
 PICTURES_PER_STYLE = 8
 TOKEN = "<lantern>"
-# Fewer and larger steps than the paper's 30,000 of one picture each: a demo has minutes. Activations
-# are floating: with rounded ones as many steps learn less, and so small a model gains no time.
+# Fewer and larger steps than the paper's 30,000 of one picture each: a demo has minutes.
+# Activations are floating: with rounded ones as many steps learn less, and so small a model gains
+# no time.
 RECIPE: dict[str, Any] = {
     "pretrained_model_name_or_path": str(ASSETS / "tiny-sd"),
     "train_data_dir": str(ASSETS / "demo"),
