@@ -33,6 +33,7 @@ def step(runs: Sequence[TextualInversion]) -> None:
             copies.enter_context(run.hook.copies(probes.to(run.family.device)))
         errors = copy_errors(runs[0].family, together, count)
         losses = errors.flatten(1).unflatten(1, (len(runs), -1)).mean(2).cpu()  # [Q, runs]
+    with torch.inference_mode():
         for run, own in zip(runs, losses.unbind(1), strict=True):
             run.take(own[0].item(), run.gradient(own))
 

@@ -165,6 +165,12 @@ class TextualInversionConfig(RunConfig):
     fixed_draws: int = option(
         0, "train on so many draws of picture, noise and timestep; 0: fresh ones", at_least=0
     )
+    early_stopping_patience: int = option(
+        0,
+        "checks of a fixed loss without a better token that end training; 0: none",
+        at_least=0,
+    )
+    early_stopping_steps: int = option(100, "steps between two such checks", at_least=1)
     zo_n: int = option(2, "random directions a step", "n", at_least=1)
     zo_eps: float = option(1e-3, "probe radius mu, in units of the embedding", "mu", positive=True)
     zo_estimator: str = option(

@@ -22,12 +22,14 @@ from torch import Tensor
 from persona.batches import Batch, Batches
 from persona.config import TextualInversionConfig
 from persona.data import Example
+from persona.early_stopping import DRAWS, EarlyStopping
 from persona.errors import UserError
 from persona.export import save_embedding
 from persona.families import StableDiffusion
 from persona.fixed_batches import FixedBatches
 from persona.methods import _method
 from persona.methods._method import Method, Step
+from persona.optimizer_state import part_of, prefixed
 from persona.prefix import shared_prefix
 from persona.space import Space
 from persona.subspace import SubspaceGradient
@@ -93,10 +95,16 @@ class TextualInversion(Method):
             if config.fixed_draws
             else None
         )
+        self.stopping = EarlyStopping(
+            config.early_stopping_patience, config.early_stopping_steps, self.theta
+        )
+        if self.stopping.patience:
+            self._checked = FixedBatches(self.batches, DRAWS, config.seed + 1)
 
     @property
     def forwards(self) -> int:
-        return self.steps * (self.estimator.evaluations if self.config.optimizer == "zo" else 1)
+        a_step = self.estimator.evaluations if self.config.optimizer == "zo" else 1
+        return self.steps * a_step + self.stopping.checks * self._batches_of_a_check
 
     @property
     def backwards(self) -> int:
@@ -104,9 +112,12 @@ class TextualInversion(Method):
         return self.steps if self.config.optimizer == "bp" else 0
 
     def run(self) -> Iterator[Step]:
-        """Train up to ``config.max_train_steps``; yields after every step, with the state whole."""
-        while self.steps < self.config.max_train_steps:
+        """Train up to ``config.max_train_steps``, or until early stopping, which leaves the best
+        token; yields after every step, with the state whole."""
+        while self.steps < self.config.max_train_steps and not self.stopping.is_over:
             yield self.step()
+        if self.stopping.checks:
+            self.theta.copy_(self.stopping.token)
 
     def step(self) -> Step:
         """One update of the token; a loss that is not finite is counted and leaves it as it was."""
@@ -129,6 +140,8 @@ class TextualInversion(Method):
         else:
             with torch.inference_mode():
                 self._update(gradient)
+        if self.stopping.is_due(self.steps):
+            self.stopping.check(self._fixed_loss(), self.theta)
         return Step(self.steps, loss, self.forwards, self.rejected)
 
     def probes(self) -> Tensor:
@@ -181,6 +194,16 @@ class TextualInversion(Method):
         self.theta.copy_(self.space.rows(result))
         self.subspace.observe(self.u)
 
+    @property
+    def _batches_of_a_check(self) -> int:
+        return -(-DRAWS // self.config.train_batch_size)
+
+    @torch.inference_mode()
+    def _fixed_loss(self) -> float:
+        """Of the token, over the same draws at every check."""
+        batches = map(self._checked.at, range(self._batches_of_a_check))
+        return math.fsum(self._losses(self.theta[None], batch).item() for batch in batches)
+
     def _schedule(self) -> float:
         """What the learning rate of this step is multiplied with."""
         if self.config.learning_rate_schedule == "constant":
@@ -213,7 +236,8 @@ class TextualInversion(Method):
             "exp_avg_sq": self.exp_avg_sq,
             "counts": torch.tensor([self.steps, self.rejected]),
             "generator": self.generator.get_state(),
-            **{f"subspace.{k}": v for k, v in self.subspace.state_dict().items()},
+            **prefixed("subspace", self.subspace.state_dict()),
+            **prefixed("stopping", self.stopping.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -223,10 +247,8 @@ class TextualInversion(Method):
         self.exp_avg_sq.copy_(state["exp_avg_sq"])
         self.steps, self.rejected = state["counts"].tolist()
         self.generator.set_state(state["generator"])
-        prefix = "subspace."
-        self.subspace.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        )
+        self.subspace.load_state_dict(part_of("subspace", state))
+        self.stopping.load_state_dict(part_of("stopping", state))
 
     def save(self, folder: Path) -> Path:
         """The token as ``learned_embeds.safetensors``, and its twin for other programs."""

@@ -133,6 +133,7 @@ def test_a_cosine_cannot_be_resumed_with_another_end(options):
         {"zo_estimator": "one_point", "zo_eps": 0.1},
         {"zo_space": "vocabulary", "zo_rank": 7, "average": 0.9, "zo_eps": 0.1},
         {"fixed_draws": 3, "zo_estimator": "two_sided", "zo_eps": 0.1},
+        {"early_stopping_patience": 9, "early_stopping_steps": 2, "zo_eps": 0.1},
         {"zo_subspace": "centred", "learning_rate_schedule": "cosine", "zo_eps": 0.1},
     ],
     ids=str,
@@ -222,3 +223,21 @@ def test_a_preset_that_there_is_not(capsys, arguments):
     assert re.fullmatch(
         "persona: argument --preset: .*; see persona ti --help\n", capsys.readouterr().err
     )
+
+
+def test_a_run_ends_where_the_fixed_loss_stops_falling(options, make_method):
+    patient = {"early_stopping_patience": 2, "early_stopping_steps": 3}
+    method = make_method(options(max_train_steps=99, learning_rate=1e-30, **patient))
+    steps = list(method.run())
+    assert len(steps) == 9 and method.stopping.checks == 3
+    assert steps[-1].forwards == 9 * method.estimator.evaluations + 3 * 32
+
+
+def test_early_stopping_leaves_the_best_token(options, make_method, monkeypatch):
+    patient = {"early_stopping_patience": 2, "early_stopping_steps": 1, "zo_eps": 0.1}
+    method = make_method(options(max_train_steps=99, **patient))
+    losses = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(method, "_fixed_loss", lambda: next(losses))
+    tokens = [method.theta.clone() for _ in method.run()]
+    assert len(tokens) == 4 and not tokens[3].equal(tokens[1])
+    assert method.theta.equal(tokens[1])
