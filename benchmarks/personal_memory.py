@@ -53,10 +53,13 @@ class Case:
 
 
 def _case(title: str, command: str, published: str = "-", steps: int = 2, **options: Any) -> Case:
-    """A method of ``persona``, which probes one by one."""
+    """A method of ``persona``, which probes one by one, along one direction where it is not
+    ZOODiP: what a step holds does not depend on how many it has."""
     config, method, _ = COMMANDS[command]
     names = {item.name for item in dataclasses.fields(config)}
     one = {"evaluations_per_forward": 1} if "evaluations_per_forward" in names else {}
+    if command != "ti" and "zo_n" in names:
+        one["zo_n"] = 1
     options = {"initializer_token": "light", **one, **options}
     return Case(title, config(**options), method, published, steps)
 

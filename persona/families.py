@@ -14,6 +14,7 @@ from torch import Tensor
 
 from persona.errors import UserError
 from persona.fused import fuse_
+from persona.memory import trim
 from persona.quiet import errors_only, no_bars
 from zo_kernels.quant import QuantConfig, QuantReport, quantize_
 
@@ -144,7 +145,10 @@ class StableDiffusion:
     def predict(self, x_t: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
         """fp32 prediction [B, C, h, w]."""
         unet = self.pipe.unet
-        return unet(x_t.to(unet.dtype), t, hidden.to(unet.dtype)).sample.float()
+        predicted: Tensor = unet(x_t.to(unet.dtype), t, hidden.to(unet.dtype)).sample.float()
+        if self.device.type == "cpu":
+            trim()  # a step may have dozens of forwards
+        return predicted
 
     def sample(
         self,

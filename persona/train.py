@@ -22,14 +22,13 @@ from persona.data import Example, load_folder
 from persona.errors import UserError
 from persona.families import StableDiffusion
 from persona.files import make_folder, write_image, write_json
-from persona.memory import give_back_large_blocks, human, peak_bytes, trim
+from persona.memory import give_back_large_blocks, human, peak_bytes
 from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
 
 CHECKPOINT = "checkpoint.safetensors"
 SMOOTHING = 0.98  # of the loss shown in the progress bar
-TRIM_STEPS = 10  # between two that give freed memory back
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,6 @@ def _train(method: Method, config: RunConfig, saved: Path, progress: bool) -> No
                 loss=f"{smooth:.4f}", lr=config.learning_rate, mem=human(memory), refresh=False
             )
             bar.update()
-            if step.step % TRIM_STEPS == 0:
-                trim()
             if step.step % config.checkpointing_steps == 0:
                 save()
             if interrupted():
