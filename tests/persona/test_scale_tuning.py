@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from persona.batches import losses
 from persona.cli import main
+from persona.base import quantize
 from persona.config_scales import ScaleTuningConfig
 from persona.data import load_folder
 from persona.errors import UserError
@@ -282,7 +283,7 @@ def test_a_saved_file_draws_the_same_pictures(scale_options, model_folder, metho
     config = scale_options(method=method, num_validation_images=2, learning_rate=0.05)
     result = train(ScaleTuning, config, progress=False)
     family = StableDiffusion(load_pipeline(str(model_folder)))
-    family.quantize(QuantConfig("w8"))
+    quantize(config, family)
 
     def pictures():
         shown = family.sample(["a photo of a sks toy"] * 2, seed=0, steps=4, guidance=5.0)
