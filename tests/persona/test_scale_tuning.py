@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from persona.base import quantize
 from persona.batches import losses
 from persona.cli import main
-from persona.base import quantize
 from persona.config_scales import ScaleTuningConfig
 from persona.data import load_folder
 from persona.errors import UserError
