@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import lockstep
 from benchmarks.curve_tables import write_tables
-from benchmarks.personal_methods import pictures_a_step
+from benchmarks.personal_methods import SMALL, WORDS, pictures_a_step
 from benchmarks.personal_scores import Drawing, Judge
 from benchmarks.personal_subjects import Subject, read_subjects
 from benchmarks.personal_tables import read_rows
@@ -50,10 +50,7 @@ TIMES = 8  # fixed timesteps
 TOGETHER = 4  # subjects
 
 _PAPER: dict[str, Any] = TextualInversionConfig.presets["paper"]
-# One direction and one picture a step, floating activations as in the paper; many directions, so
-# that int8 activations suffice.
-_SMALL: dict[str, Any] = {"zo_n": 1, "zo_estimator": "two_sided", "zo_subspace": "off"}
-_WORDS = _SMALL | {"zo_space": "vocabulary", "learning_rate": 1e-2}
+# For many directions: then int8 activations suffice.
 _INT8: dict[str, Any] = {
     "zo_eps": 2e-2,
     "activation_precision": "int8",
@@ -66,14 +63,14 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "paper, random subspace": _PAPER | {"zo_subspace": "random"},
     "paper, t uniform": _PAPER | {"min_timestep": 0, "max_timestep": 1000},
     "released code": TextualInversionConfig.presets["released-code"],
-    "one direction, two-sided": _SMALL,
-    "shaped by the vocabulary": _WORDS,
-    "64 dimensions of it": _WORDS | {"zo_rank": 64},
-    "64 random dimensions": _WORDS | {"zo_space": "random", "zo_rank": 64},
-    "shaped, averaged": _WORDS | {"average": 0.98},
-    "shaped, cosine": _WORDS | {"learning_rate": 2e-2, "learning_rate_schedule": "cosine"},
-    "shaped, 32 fixed draws": _WORDS | {"fixed_draws": 32},
-    "shaped, int8, eight directions": _WORDS | _INT8 | {"zo_n": 8},
+    "one direction, two-sided": SMALL,
+    "shaped by the vocabulary": WORDS,
+    "64 dimensions of it": WORDS | {"zo_rank": 64},
+    "64 random dimensions": WORDS | {"zo_space": "random", "zo_rank": 64},
+    "shaped, averaged": WORDS | {"average": 0.98},
+    "shaped, cosine": WORDS | {"learning_rate": 2e-2, "learning_rate_schedule": "cosine"},
+    "shaped, 32 fixed draws": WORDS | {"fixed_draws": 32},
+    "shaped, int8, eight directions": WORDS | _INT8 | {"zo_n": 8},
     "int8, fifteen directions, four pictures": _PAPER
     | _INT8
     | {"zo_n": 15, "train_batch_size": 4, "learning_rate": 6e-3},

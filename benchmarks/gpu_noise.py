@@ -12,9 +12,7 @@ GPU it says so and ends; `--tiny` runs tiny sizes through the same code there.
 """
 
 import argparse
-import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,11 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_ops import peaks, unavailable
-from benchmarks.gpu_table import Candidate, table
+from benchmarks.gpu_table import Candidate, record, table
 from benchmarks.noise_engine import mezo_perturb, unet_shapes
 from benchmarks.timing import machine
 from zo_kernels import _native
-from zo_kernels._files import atomic_write
 from zo_kernels._registry import OPS, use_backend
 from zo_kernels.ops import add_noise_, zo_adam_, zo_sgd_
 from zo_kernels.optim import ZOSGD, GraphedStep
@@ -170,21 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {"peak, copy": f"{measured['copy'] / 1e12:.2f} TB/s"}
     facts["CUDA C++"] = _native.load_cuda() or "built"
     print(machine() | facts, flush=True)
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    content: dict[str, Any] = {
-        "title": TITLE,
-        "command": shlex.join(["python", "-m", "benchmarks.gpu_noise", *words]),
-        "machine": machine() | facts,
-        "tables": [],
-    }
-    for one in tables(given.tiny, measured, device):
-        content["tables"].append(one)
-        print(f"\n{one['title']}")
-        for row in one["rows"]:
-            print("  " + " | ".join(row), flush=True)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(given.out) as temporary:  # what there is, should the time run out
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    record(
+        "gpu_noise",
+        TITLE,
+        arguments,
+        machine() | facts,
+        tables(given.tiny, measured, device),
+        given.out,
+    )
     return 0
 
 

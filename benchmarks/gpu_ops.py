@@ -12,8 +12,6 @@ through the same code there, as the tests do.
 """
 
 import argparse
-import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_products import CONV, LINEAR, PEERED, SMALL, conv, linear
-from benchmarks.gpu_table import Candidate, table, timed
+from benchmarks.gpu_table import Candidate, record, table, timed
 from benchmarks.timing import machine
-from zo_kernels._files import atomic_write
 from zo_kernels._registry import OPS, use_backend
 from zo_kernels.ops import add_noise_
 from zo_kernels.testing import assert_same_bits
@@ -138,21 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = peaks(sizes.peak, sizes.elements, device)
     facts = {f"peak, {name}": f"{rate / 1e12:.2f} Tera/s" for name, rate in measured.items()}
     print(machine() | facts, flush=True)
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    content: dict[str, Any] = {
-        "title": TITLE,
-        "command": shlex.join(["python", "-m", "benchmarks.gpu_ops", *words]),
-        "machine": machine() | facts,
-        "tables": [],
-    }
-    for one in tables(sizes, measured, device):
-        content["tables"].append(one)
-        print(f"\n{one['title']}")
-        for row in one["rows"]:
-            print("  " + " | ".join(row), flush=True)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(given.out) as temporary:  # what there is, should the time run out
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    record(
+        "gpu_ops", TITLE, arguments, machine() | facts, tables(sizes, measured, device), given.out
+    )
     return 0
 
 

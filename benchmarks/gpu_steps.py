@@ -12,8 +12,6 @@ torch bf16. Without a GPU it says so and ends; `--tiny` runs a tiny UNet through
 
 import argparse
 import gc
-import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import sd15
 from benchmarks.gpu_ops import unavailable
-from benchmarks.gpu_table import Missing, timed
+from benchmarks.gpu_table import Missing, record, timed
 from benchmarks.personal_memory import Family
 from benchmarks.timing import machine
 from persona.base import quantize
@@ -33,7 +31,6 @@ from persona.config import TextualInversionConfig
 from persona.data import Example
 from persona.fused import fuse_
 from persona.methods.textual_inversion import TextualInversion
-from zo_kernels._files import atomic_write
 from zo_kernels.quant import QuantConfig, quantize_
 
 OUT = Path("benchmarks/results/gpu_steps.json")
@@ -218,21 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing measured: {why}")
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    content: dict[str, Any] = {
-        "title": TITLE,
-        "command": shlex.join(["python", "-m", "benchmarks.gpu_steps", *words]),
-        "machine": machine(),
-        "tables": [],
-    }
-    for one in tables("tiny" if given.tiny else "sd15", device):
-        content["tables"].append(one)
-        print(f"\n{one['title']}")
-        for row in one["rows"]:
-            print("  " + " | ".join(row), flush=True)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(given.out) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    record(
+        "gpu_steps",
+        TITLE,
+        arguments,
+        machine(),
+        tables("tiny" if given.tiny else "sd15", device),
+        given.out,
+    )
     return 0
 
 

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of `benchmarks.gpu_ops`: what is timed on a GPU, and how a table shows it."""
+"""Rows of the GPU benchmarks: what is timed, how a table shows it, and how tables are kept."""
 
+import json
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from zo_kernels._files import atomic_write
 
 COLUMNS = ["", "backend", "median ms", "20 to 80 %", "rate", "of peak", "x bf16"]
 BASELINE = "torch bf16"
@@ -65,3 +71,36 @@ def table(
         spread = f"{low:.4f} to {high:.4f}"
         rows.append([c.name, c.backend, f"{median:.4f}", spread, unit, share, over])
     return {"title": title, "columns": COLUMNS, "rows": rows}
+
+
+def record(
+    name: str,
+    title: str,
+    arguments: Sequence[str] | None,
+    facts: dict[str, Any],
+    tables: Iterable[dict[str, Any]],
+    out: Path,
+) -> None:
+    """Print tables as they come, and keep in `out` what there is, should the time run out.
+
+    Args:
+        name: of the module in `benchmarks` whose command this is.
+        title: of its section in the report.
+        arguments: of the command; None: those of the process.
+        facts: about the machine.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    content: dict[str, Any] = {
+        "title": title,
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
+        "machine": facts,
+        "tables": [],
+    }
+    for one in tables:
+        content["tables"].append(one)
+        print(f"\n{one['title']}")
+        for row in one["rows"]:
+            print("  " + " | ".join(row), flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -193,6 +193,9 @@ def _selective(title: str, **options: Any) -> Method:
     return budgeted(title, "selective", 1000, train_batch_size=_PICTURES, **options)
 
 
+# One two-sided direction; and that, shaped by the vocabulary.
+SMALL: dict[str, Any] = {"zo_n": 1, "zo_estimator": "two_sided", "zo_subspace": "off"}
+WORDS = SMALL | {"zo_space": "vocabulary", "learning_rate": 1e-2}
 # Where many directions share a step, a wide radius is above the rounding of int8 activations.
 _ZO_SCALES: dict[str, Any] = {
     "zo_n": 8,
@@ -200,7 +203,7 @@ _ZO_SCALES: dict[str, Any] = {
     "learning_rate": 0.3,
     "activation_precision": "int8",
 }
-# The demo's recipe: many directions and pictures a step, so that int8 activations suffice.
+# The demo's recipe with int8 activations, for which many directions and pictures a step suffice.
 _DEMO: dict[str, Any] = {
     "train_batch_size": 4,
     "zo_n": 15,
@@ -209,15 +212,6 @@ _DEMO: dict[str, Any] = {
     "activation_precision": "int8",
     "min_timestep": 400,
     "max_timestep": 1000,
-}
-
-# One two-sided direction, shaped by the vocabulary: the fewest forwards that were found.
-_WORDS: dict[str, Any] = {
-    "zo_n": 1,
-    "zo_estimator": "two_sided",
-    "zo_subspace": "off",
-    "zo_space": "vocabulary",
-    "learning_rate": 1e-2,
 }
 
 METHODS: dict[str, Method] = {
@@ -238,7 +232,7 @@ METHODS: dict[str, Method] = {
     "zoodip-one-point": _ti("ZOODiP, one-point", zo_estimator="one_point"),
     "zoodip-int4": _ti("ZOODiP, int4", base_precision="int4", zo_eps=1e-2),
     "zoodip-demo": _ti("ZOODiP, the demo's recipe", **_DEMO),
-    "zoodip-words": _ti("ZOODiP, directions as words differ", **_WORDS),
+    "zoodip-words": _ti("ZOODiP, directions as words differ", **WORDS),
     "peqa-bp": _scales("PEQA"),
     "peqa-zo": _zo_scales("PEQA"),
     "s1-bp": _scales("S1", method="s1"),
