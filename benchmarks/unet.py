@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One forward of a whole UNet: this package's quantized modules beside what else a user can run.
 
-    python -m benchmarks.unet --model sd15 --peers torch,quanto,openvino --specs w8a8,w4a8-g64
+    python -m benchmarks.unet --model sd15 --peers torch,quanto,openvino [--specs w8a8,w4a8-g64]
 
 Every stack lives in a process of its own and runs one forward when told, so that rounds take turns
 and the peak of memory is that stack's alone. Each output is compared with torch's in fp32. The
@@ -31,6 +31,7 @@ from benchmarks.unet_stacks import PEERS, Job, Stack, stacks
 from zo_kernels._files import atomic_write
 
 REFERENCE = "torch-fp32"
+OURS = ["w8a8", "w4a8-g64"]
 GIB = 2**30
 
 
@@ -236,7 +237,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=sd15.ARCHITECTURES, default="sd15")
     parser.add_argument("--peers", type=_words, default=list(PEERS), help=",".join(PEERS))
     parser.add_argument(
-        "--specs", type=_words, default=[], help="ours, such as w8a8,w4a8@bf16:unfused"
+        "--specs", type=_words, default=OURS, help="ours, such as w8a8,w4a8@bf16:unfused"
     )
     parser.add_argument("--stacks", type=_words, help="only those whose name fits, as *-fp32,zo-*")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])

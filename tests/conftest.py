@@ -3,6 +3,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores: a thread each, or they wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -20,7 +20,8 @@ struct Attention {
 };
 
 constexpr int64_t kAttentionRows = 192;  // queries that visit a block of keys in turn, their sums in L2
-constexpr int kBlockKeys = 128;          // whose weights and values are products of integers in L1
+constexpr int kBlockKeys = 128;          // whose weights and values are products of integers in L1; of deep heads half
+constexpr int64_t kDeep = 64;            // channels, above which a head is deep
 constexpr int kWeightCode = 16383;       // of a weight of 1
 constexpr int kValueCode = 1023;         // of a channel's largest value
 static_assert(int64_t{kWeightCode} * kValueCode * kBlockKeys < int64_t{1} << 31);

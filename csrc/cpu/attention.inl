@@ -35,26 +35,28 @@ inline F power_of_two(F x, float one) {
 // A head's keys and values as integers, and what a thread works in.
 struct Head {
   int64_t depth, steps, columns;  // of a head; pairs of channels; channels padded to whole vectors
+  int block;                      // keys of a block: less of deep heads, or keys and values would not fit into L1
   int64_t blocks, block_keys;     // of keys; int16 of a block of keys
   std::unique_ptr<int16_t[]> memory;
   // Keys: [blocks][panels of keys][steps][kPanel][2]; values: [blocks][panels of columns][pairs][kPanel][2]; [rows][columns].
   int16_t *keys, *values, *queries;
   std::unique_ptr<float[]> floats;
   float *value_scale, *sums, *total, *factor, *shrink;  // [columns], [rows][columns], then [rows] each
-  uint32_t most[kAttentionRows];
+  uint32_t most[kAttentionRows + W];
   float key_unit;
   alignas(64) int32_t scores[kTile * kBlockKeys];
   alignas(64) int16_t weights[kTile * kBlockKeys + 1];
 
   explicit Head(const Attention& a)
       : depth(a.depth), steps((a.depth + 1) / 2), columns(padded_to(a.depth, kPanel)),
-        blocks((a.keys + kBlockKeys - 1) / kBlockKeys), block_keys(kBlockKeys * 2 * steps) {
-    const int64_t key_count = blocks * block_keys, value_count = blocks * kBlockKeys * columns;
+        block(a.depth > kDeep ? kBlockKeys / 2 : kBlockKeys), blocks((a.keys + block - 1) / block),
+        block_keys(block * 2 * steps) {
+    const int64_t key_count = blocks * block_keys, value_count = blocks * block * columns;
     memory.reset(new int16_t[static_cast<size_t>(key_count + value_count + kAttentionRows * columns + 64)]);
     keys = reinterpret_cast<int16_t*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
     values = keys + key_count;
     queries = values + value_count;
-    floats.reset(new float[static_cast<size_t>((kAttentionRows + 1) * columns + 3 * kAttentionRows)]);
+    floats.reset(new float[static_cast<size_t>((kAttentionRows + 1) * columns + 3 * kAttentionRows + W)]);
     value_scale = floats.get();
     sums = value_scale + columns;
     total = sums + kAttentionRows * columns;
@@ -94,7 +96,7 @@ struct Head {
     key_unit = unit_of(largest, code);
     const F by = V::set(to_codes(largest, code));
     std::unique_ptr<int16_t[]> row(new int16_t[static_cast<size_t>(columns)]());
-    for (int64_t j = 0; j < blocks * kBlockKeys; ++j) {
+    for (int64_t j = 0; j < blocks * block; ++j) {
       if (j < a.keys) {
         each_vector_of(a, a.key, j, [&](int64_t i, F x) { store_i16(row.get() + i, D::nearest(V::mul(x, by))); });
       } else if (j == a.keys) {
@@ -126,10 +128,10 @@ struct Head {
         const U code = D::nearest(V::mul(load_some(a.value, a.dtype, j * a.stride + i, count), by));
         return V::bit_and(code, V::set(0xFFFFu));
       };
-      for (int64_t j = 0; j < blocks * kBlockKeys; j += 2) {
+      for (int64_t j = 0; j < blocks * block; j += 2) {
         const U both = V::bit_or(row_codes(j), V::template shift_left<16>(row_codes(j + 1)));
-        const int64_t panel = j / kBlockKeys * (columns / kPanel) + i / kPanel;
-        const int64_t at = panel * kBlockKeys * kPanel + (j % kBlockKeys) * kPanel + i % kPanel * 2;
+        const int64_t panel = j / block * (columns / kPanel) + i / kPanel;
+        const int64_t at = panel * block * kPanel + j % block * kPanel + i % kPanel * 2;
         V::store_words(reinterpret_cast<int32_t*>(values + at), both);
       }
     }
@@ -167,25 +169,40 @@ struct Head {
   }
 
   template <int R, int N>
-  void score(int64_t row, const int16_t* block, int vector, int32_t* to) const {
+  void score(int64_t row, const int16_t* keys_of, int vector, int32_t* to) const {
     U acc[R][N];
     ZO_UNROLL for (int i = 0; i < R; ++i) {
       ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::set(kNoScore);
     }
-    add_pairs(acc, queries + row * columns, columns, block, steps * 2 * kPanel, vector, steps);
+    add_pairs(acc, queries + row * columns, columns, keys_of, steps * 2 * kPanel, vector, steps);
     ZO_UNROLL for (int i = 0; i < R; ++i) {
       ZO_UNROLL for (int j = 0; j < N; ++j) V::store_words(to + i * kBlockKeys + (vector + j) * W, acc[i][j]);
     }
   }
 
-  // Weights of `count` scores of a row beside the row's largest score so far; sums of before shrink to it. `valid`
-  // masks the last vector.
-  void weigh(int64_t row, int count, U valid, const int32_t* score, int16_t* weight) {
+  // The largest of `count` scores of a row. `valid` masks the last vector.
+  static uint32_t highest(int count, U valid, const int32_t* score) {
     const int last = (count - 1) / W * W;
     U high = V::bit_and(V::load_words(score + last), valid);
     for (int j = 0; j < last; j += W) high = D::larger(high, V::load_words(score + j));
-    const uint32_t highest = std::max(most[row], D::largest(high));
-    const F by = V::set(factor[row]), from = V::mul(V::from_i32(V::set(highest)), V::set(-factor[row]));
+    return D::largest(high);
+  }
+
+  // Take in the largest scores of a tile's rows: sums of before shrink to those.
+  void raise(int64_t row, const uint32_t* high) {
+    for (int i = 0; i < kTile; i += W) {  // lanes past the tile are those of rows whose turn comes
+      const U before = V::load_words(reinterpret_cast<const int32_t*>(most + row + i));
+      const U now = V::load_words(reinterpret_cast<const int32_t*>(high + i));
+      const F x = V::mul(V::from_i32(V::sub(before, now)), V::load(factor + row + i));
+      V::store(shrink + row + i, power_of_two(x, 1.0f));
+    }
+    std::copy_n(high, kTile, most + row);
+  }
+
+  // Weights of `count` scores of a row beside the row's largest so far, and their sum.
+  U weigh(int64_t row, int count, U valid, const int32_t* score, int16_t* weight) const {
+    const int last = (count - 1) / W * W;
+    const F by = V::set(factor[row]), from = V::mul(V::from_i32(V::set(most[row])), V::set(-factor[row]));
     const auto codes = [&](int j) {
       const F x = D::fma(V::from_i32(V::load_words(score + j)), by, from);
       return D::nearest(power_of_two(x, kWeightCode));
@@ -197,29 +214,18 @@ struct Head {
       V::store_u16(reinterpret_cast<uint16_t*>(weight + j), code);
     }
     const U code = V::bit_and(codes(last), valid);
-    sum = V::add(sum, code);
     V::store_u16(reinterpret_cast<uint16_t*>(weight + last), code);
     if (W == 1) weight[count] = 0;  // the other half of a pair
-    shrink[row] = most[row] == highest ? 1.0f : shrunk(row, highest);
-    most[row] = highest;
-    total[row] = total[row] * shrink[row] + static_cast<float>(D::total(sum));
-  }
-
-  // What weights beside most[row] are beside `highest`.
-  float shrunk(int64_t row, uint32_t highest) const {
-    alignas(64) float lanes[W];
-    const F scores = V::from_i32(V::sub(V::set(most[row]), V::set(highest)));
-    V::store(lanes, power_of_two(V::mul(scores, V::set(factor[row])), 1.0f));
-    return lanes[0];
+    return V::add(sum, code);
   }
 
   template <int R, int N>
-  void gather(const int16_t* weight, const int16_t* block, int64_t pairs, int64_t row, int vector) {
+  void gather(const int16_t* weight, const int16_t* values_of, int64_t pairs, int64_t row, int vector) {
     U acc[R][N];
     ZO_UNROLL for (int i = 0; i < R; ++i) {
       ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::set(0u);
     }
-    add_pairs(acc, weight, kBlockKeys, block, kBlockKeys * kPanel, vector, pairs);
+    add_pairs(acc, weight, kBlockKeys, values_of, block * kPanel, vector, pairs);
     ZO_UNROLL for (int i = 0; i < R; ++i) {
       const F by = V::set(shrink[row + i]);
       ZO_UNROLL for (int j = 0; j < N; ++j) {
@@ -229,30 +235,49 @@ struct Head {
     }
   }
 
-  // run(N, first) over vectors [first, vectors), N at a time while there are as many.
-  template <int N, class Run>
-  static void by_vectors(int first, int vectors, const Run& run) {
-    for (; first + N <= vectors; first += N) run(std::integral_constant<int, N>(), first);
-    if constexpr (N > 1) {
-      if (first < vectors) by_vectors<N - 1>(first, vectors, run);
+  // run(N, first) over all vectors, as many at a time as registers allow and about as many each time: one alone would
+  // wait for its own sums.
+  template <class Run>
+  static void by_vectors(int vectors, const Run& run) {
+    for (int first = 0; first < vectors;) {
+      const int left = vectors - first, times = (left + D::kVectors - 1) / D::kVectors, count = (left + times - 1) / times;
+      run_some<D::kVectors>(first, count, run);
+      first += count;
     }
   }
+  template <int N, class Run>
+  static void run_some(int first, int count, const Run& run) {
+    if constexpr (N > 1) {
+      if (count < N) return run_some<N - 1>(first, count, run);
+    }
+    run(std::integral_constant<int, N>(), first);
+  }
 
-  void visit(int64_t row, int64_t block, int count) {
+  void visit(int64_t row, int64_t number, int count) {
     constexpr int R = D::kRows;
-    const int16_t* key = keys + block * block_keys;
-    const int16_t* value = values + block * kBlockKeys * columns;
+    const int16_t* key = keys + number * block_keys;
+    const int16_t* value = values + number * block * columns;
     for (int i = 0; i < kTile; i += R) {
-      by_vectors<D::kVectors>(0, (count + W - 1) / W, [&](auto n, int vector) {
+      by_vectors((count + W - 1) / W, [&](auto n, int vector) {
         score<R, n>(row + i, key, vector, scores + i * kBlockKeys);
       });
     }
     alignas(64) int32_t lanes[W] = {};
     std::fill_n(lanes, (count - 1) % W + 1, -1);
     const U valid = V::load_words(lanes);
-    for (int i = 0; i < kTile; ++i) weigh(row + i, count, valid, scores + i * kBlockKeys, weights + i * kBlockKeys);
+    // Step by step for the tile and not for a row: a row's sums over lanes would wait for each other.
+    uint32_t high[kTile + W] = {};
+    for (int i = 0; i < kTile; ++i) high[i] = std::max(most[row + i], highest(count, valid, scores + i * kBlockKeys));
+    raise(row, high);
+    U sum[kTile];
+    for (int i = 0; i < kTile; ++i) {
+      sum[i] = weigh(row + i, count, valid, scores + i * kBlockKeys, weights + i * kBlockKeys);
+    }
+    for (int i = 0; i < kTile; ++i) {
+      total[row + i] = total[row + i] * shrink[row + i] + static_cast<float>(D::total(sum[i]));
+    }
     for (int i = 0; i < kTile; i += R) {
-      by_vectors<D::kVectors>(0, static_cast<int>(columns / W), [&](auto n, int vector) {
+      by_vectors(static_cast<int>(columns / W), [&](auto n, int vector) {
         gather<R, n>(weights + i * kBlockKeys, value, (count + 1) / 2, row + i, vector);
       });
     }
@@ -275,9 +300,9 @@ void attend_here(const Attention& a, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kAttentionRows) {
     const int64_t count = std::min(kAttentionRows, end - first);
     head->take_queries(a, first, count);
-    for (int64_t block = 0; block < head->blocks; ++block) {
-      const int keys = static_cast<int>(std::min<int64_t>(kBlockKeys, a.keys - block * kBlockKeys));
-      for (int64_t row = 0; row < count; row += kTile) head->visit(row, block, keys);
+    for (int64_t number = 0; number < head->blocks; ++number) {
+      const int keys = static_cast<int>(std::min<int64_t>(head->block, a.keys - number * head->block));
+      for (int64_t row = 0; row < count; row += kTile) head->visit(row, number, keys);
     }
     head->finish(a, first, count);
   }
