@@ -73,7 +73,34 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
         "pictures to the paper's last held-out loss",
     ]
     title = "After the budget: mean over subjects, +- standard deviation over seeds"
-    return [{"title": title, "columns": columns, "rows": lines}]
+    made = [{"title": title, "columns": columns, "rows": lines}]
+    return [*made, differences(rows, names)] if "paper" in curves else made
+
+
+def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Last losses against the paper's, on the pairs of subject and seed that both have."""
+    last = {(r["estimator"], r["subject"], r["seed"]): r["curve"][-1] for r in rows}
+    lines = []
+    for name in names:
+        pairs = [
+            (at, last["paper", *pair])
+            for (estimator, *pair), at in last.items()
+            if estimator == name != "paper" and ("paper", *pair) in last
+        ]
+        if pairs:
+            cells = [_difference(pairs, figure) for figure in ("trained_loss", "held_out_loss")]
+            lines.append([name, len(pairs), *cells])
+    return {
+        "title": "Difference to the paper's on the same subjects and seeds, +- standard error",
+        "columns": ["estimator", "pairs", "trained loss", "held-out loss"],
+        "rows": lines,
+    }
+
+
+def _difference(pairs: Sequence[tuple[dict[str, float], dict[str, float]]], figure: str) -> str:
+    by = [a[figure] - b[figure] for a, b in pairs]
+    error = f" +- {statistics.stdev(by) / len(by) ** 0.5:.4f}" if len(by) > 1 else ""
+    return f"{statistics.mean(by):+.4f}{error}"
 
 
 def _final(rows: Sequence[dict[str, Any]], figure: str) -> str:

@@ -127,11 +127,10 @@ def _cell(rows: Sequence[dict[str, Any]], figure: str) -> str:
     return f"{statistics.mean(means):.3f}{spread}"
 
 
-def write(out: Path, titles: dict[str, str], encoders: dict[str, str]) -> None:
-    """The tables, as JSON beside the rows."""
-    rows = [row for row in read_rows(out) if row["method"] in titles]
-    if not rows:
-        return
+def write(
+    out: Path, rows: Sequence[dict[str, Any]], titles: dict[str, str], encoders: dict[str, str]
+) -> None:
+    """The tables of `rows`, as JSON beside the file `out` that has them."""
     tables = [summary(rows, titles)]
     if any(row["method"] == "base" for row in rows):
         tables.append(gains(rows, titles, "base"))
@@ -146,9 +145,9 @@ def write(out: Path, titles: dict[str, str], encoders: dict[str, str]) -> None:
     write_json(out.with_suffix(".json"), content, "out")
 
 
-def write_trade(out: Path, titles: dict[str, str]) -> None:
+def write_trade(out: Path, rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> None:
     """Likeness to the subject against what the prompt asks beside it, a point a method."""
-    rows = [row for row in read_rows(out) if row["method"] in titles and "style" in row]
+    rows = [row for row in rows if "style" in row]
     if not rows:
         return
     panels = []
@@ -171,17 +170,22 @@ def _mean(rows: Sequence[dict[str, Any]], figure: str) -> float:
 
 
 def write_grid(
-    out: Path, titles: dict[str, str], subjects: Sequence[Subject], pictures: Path, size: int = 64
+    out: Path,
+    rows: Sequence[dict[str, Any]],
+    titles: dict[str, str],
+    subjects: Sequence[Subject],
+    pictures: Path,
+    size: int = 64,
 ) -> None:
     """The first held-out picture of every method: a line a method, a column a subject."""
-    rows = {(r["method"], r["subject"]): r["key"] for r in read_rows(out) if r["seed"] == 0}
-    shown = [s for s in subjects if any((name, s.name) in rows for name in titles)][:SHOWN]
+    keys = {(r["method"], r["subject"]): r["key"] for r in rows if r["seed"] == 0}
+    shown = [s for s in subjects if any((name, s.name) in keys for name in titles)][:SHOWN]
     lines = [("true", [s.pictures[s.held_out] for s in shown])]
     for style in dict.fromkeys(style for s in shown for style in s.trained):
         lines.append((f"trained:\n{style}", [s.pictures[style] for s in shown]))
     blank = Image.new("RGB", (size, size), "white")
     for name, title in titles.items():
-        paths = [pictures / f"{rows.get((name, s.name))}.png" for s in shown]
+        paths = [pictures / f"{keys.get((name, s.name))}.png" for s in shown]
         if any(path.exists() for path in paths):
             images = [Image.open(p).convert("RGB") if p.exists() else blank for p in paths]
             lines.append((title.replace(", ", ",\n"), images))

@@ -116,9 +116,11 @@ class Table:
 
     def write_tables(self) -> None:
         titles = CONTROLS | {name: method.title for name, method in METHODS.items()}
-        personal_tables.write(self.given.out, titles, self.judge.scorer.names)
-        personal_tables.write_trade(self.given.out, titles)
-        personal_tables.write_grid(self.given.out, titles, self.subjects, self._pictures)
+        out = self.given.out
+        rows = [row for row in personal_tables.read_rows(out) if row["method"] in titles]
+        personal_tables.write(out, rows, titles, self.judge.scorer.names)
+        personal_tables.write_trade(out, rows, titles)
+        personal_tables.write_grid(out, rows, titles, self.subjects, self._pictures)
 
     @property
     def _pictures(self) -> Path:

@@ -265,7 +265,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [s for s in chosen if any(fnmatchcase(s.name, p) for p in given.stacks)]
     given.cache.mkdir(parents=True, exist_ok=True)
     title = sd15.ARCHITECTURES[given.model].title
-    groups, profiles = [], {}
+    groups: list[dict[str, Any]] = []
+    profiles: dict[str, Any] = {}
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    kept = {
+        "command": shlex.join(["python", "-m", "benchmarks.unet", *words]),
+        "machine": machine() | {"threads": given.threads},
+        "groups": groups,
+        "profiles": profiles,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     for batch in given.batch:
         with tempfile.TemporaryDirectory(dir=given.cache) as outputs:
             rows, found = measure(chosen, batch, given, Path(outputs))
@@ -275,16 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stack, profile in found.items():
             profiles[f"{name}, {stack}"] = profile
             print(f"**{name}, {stack}**\n\n{module_profile.table(profile)}", flush=True)
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    kept = {
-        "command": shlex.join(["python", "-m", "benchmarks.unet", *words]),
-        "machine": machine() | {"threads": given.threads},
-        "groups": groups,
-        "profiles": profiles,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(given.out) as temporary:
-        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+        with atomic_write(given.out) as temporary:  # now: an interruption costs one batch at most
+            temporary.write_text(json.dumps(kept, indent=1) + "\n")
     return int(any(row["failed"] for group in groups for row in group["rows"]))
 
 

@@ -38,11 +38,23 @@ def test_where_a_curve_meets_a_level():
 
 def test_the_table_counts_pictures_to_the_papers_loss():
     assert mean_curves(rows(), "held_out_loss")["paper"][-1] == (1600, pytest.approx(0.21))
-    [table] = tables(rows(), list(ESTIMATORS))
+    table, _ = tables(rows(), list(ESTIMATORS))
     paper, ours = table["rows"]
     assert paper[:3] == ["paper", 1, 3] and paper[-2:] == ["1600", "1600"]
     assert ours[-2:] == ["400", "400"]
     assert ours[4] == "0.2100 +- 0.0100" and ours[5] == "0.5000 +- 0.1000"
+
+
+def test_differences_are_of_the_same_subject_and_seed():
+    shifted = [row | {"curve": [*row["curve"][:-1], dict(row["curve"][-1])]} for row in rows()]
+    for row in shifted:
+        if row["estimator"] != "paper":
+            row["curve"][-1]["held_out_loss"] -= 0.1 + row["seed"] / 100
+    alone = shifted[0] | {"seed": 9, "estimator": "released code"}
+    _, against = tables([*shifted, alone], list(ESTIMATORS))
+    [line] = against["rows"]
+    assert line[:2] == ["shaped by the vocabulary", 3] and line[2] == "+0.0000 +- 0.0000"
+    assert line[3] == f"-0.1100 +- {0.01 / 3**0.5:.4f}"
 
 
 def test_a_report_with_its_curves(tmp_path):
