@@ -12,7 +12,6 @@ GPU it says so and ends; `--tiny` runs tiny sizes through the same code there.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_ops import peaks, unavailable
-from benchmarks.gpu_table import Candidate, record, table
+from benchmarks.gpu_table import Candidate, by_cpp, record, table
 from benchmarks.noise_engine import mezo_perturb, unet_shapes
 from benchmarks.timing import machine
 from zo_kernels import _native
@@ -44,20 +43,6 @@ def fzoo_perturb(params: Sequence[Tensor], seed: int, scale: float) -> None:
     for p in params:
         z = torch.randint(0, 2, p.shape, device=p.device, dtype=p.dtype) * 2 - 1
         p.data = p.data + scale * z
-
-
-def by_cpp(call: Call) -> Call:
-    """The call, with the CUDA C++ kernels in place of Triton's."""
-
-    def run() -> None:
-        before = os.environ.get("ZO_CUDA_CPP", "0")
-        os.environ["ZO_CUDA_CPP"] = "1"
-        try:
-            call()
-        finally:
-            os.environ["ZO_CUDA_CPP"] = before
-
-    return run
 
 
 def ours(name: str, make: Make, params: list[Tensor], work: float) -> Iterator[Candidate]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qlinear` and `qconv2d` on a GPU, for `benchmarks.gpu_ops`: ours, torch's and other libraries'.
 
-A row of ours is refused unless its result has the bits of the reference.
+A row of ours is refused unless its result has the bits of the reference. Few floating rows go by
+CUDA C++ too where it was built, and are refused unless the result is Triton's, but for rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import gpu_peers
-from benchmarks.gpu_table import BASELINE, Candidate, Missing
+from benchmarks.gpu_table import BASELINE, Candidate, Missing, by_cpp
 from benchmarks.integer_candidates import Ours, which_backend
+from zo_kernels import _native
 from zo_kernels._registry import use_backend
 from zo_kernels.ops import quantize_rows
 from zo_kernels.testing import assert_same_bits
@@ -30,7 +32,7 @@ LINEAR = (
     ("Flux, feed forward in", 4096, 12288, 3072),
     ("Flux, feed forward out", 4096, 3072, 12288),
 )
-SMALL = ((1, 4096, 4096), (16, 4096, 4096), (1, 12288, 3072), (16, 12288, 3072))
+SMALL = ((1, 4096, 4096), (4, 4096, 4096), (16, 4096, 4096), (1, 12288, 3072), (16, 12288, 3072))
 # Of these, other libraries too.
 PEERED = ((4096, 1280, 1280), (4096, 12288, 3072), (1, 4096, 4096), (16, 12288, 3072))
 # Pictures, channels, output channels, pixels, kernel.
@@ -77,6 +79,9 @@ def linear(
         peak = "int8" if more.get("act_bits") != 16 else "bf16"
         work, peak = (n * k * bits / 8, "copy") if small else (operations, peak)
         yield Candidate(name, call, work, peak, which_backend("qlinear", call))
+        if small and more.get("act_bits") == 16 and x.is_cuda and _native.load_cuda() is None:
+            torch.testing.assert_close(by_cpp(call)(), call())
+            yield Candidate(name, by_cpp(call), work, peak, "cuda c++")
     half = _bf16_linear(x, weight.bfloat16(), bias.bfloat16())
     yield Candidate(BASELINE, half, 2.0 * n * k if small else operations, _peak(small, "bf16"))
     if m > 16:  # what torch._int_mm takes

@@ -2,6 +2,7 @@
 """Rows of the GPU benchmarks: what is timed, how a table shows it, and how tables are kept."""
 
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -9,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zo_kernels._files import atomic_write
 
 COLUMNS = ["", "backend", "median ms", "20 to 80 %", "rate", "of peak", "x bf16"]
 BASELINE = "torch bf16"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class Missing:
 
     name: str
     why: str
+
+
+def by_cpp(call: Callable[[], T]) -> Callable[[], T]:
+    """The call, with the CUDA C++ kernels in place of Triton's."""
+
+    def run() -> T:
+        before = os.environ.get("ZO_CUDA_CPP", "0")
+        os.environ["ZO_CUDA_CPP"] = "1"
+        try:
+            return call()
+        finally:
+            os.environ["ZO_CUDA_CPP"] = before
+
+    return run
 
 
 def timed(call: Callable[[], object], device: str) -> tuple[float, float, float]:
@@ -57,16 +73,16 @@ def table(
     """As `benchmarks.report` prints it: share of the peak that a row is limited by, and how many
     times faster than torch bf16."""
     kept = list(candidates)
-    times = {c.name: timed(c.call, device) for c in kept if isinstance(c, Candidate)}
+    times = [timed(c.call, device) if isinstance(c, Candidate) else (0.0,) * 3 for c in kept]
+    baseline = next((t[0] for t, c in zip(times, kept, strict=True) if c.name == BASELINE), None)
     rows = []
-    for c in kept:
+    for (median, low, high), c in zip(times, kept, strict=True):
         if isinstance(c, Missing):
             rows.append([c.name, c.why, *[""] * (len(COLUMNS) - 2)])
             continue
-        median, low, high = times[c.name]
         rate = c.work / median * 1e3
         unit = f"{rate / 1e9:.0f} GB/s" if c.peak == "copy" else f"{rate / 1e12:.1f} Tera/s"
-        over = f"{times[BASELINE][0] / median:.2f}" if BASELINE in times else ""
+        over = "" if baseline is None else f"{baseline / median:.2f}"
         share = f"{rate / measured[c.peak]:.0%} of {c.peak}"
         spread = f"{low:.4f} to {high:.4f}"
         rows.append([c.name, c.backend, f"{median:.4f}", spread, unit, share, over])

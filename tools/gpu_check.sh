@@ -36,10 +36,11 @@ start perturbed-conv tests/ops/test_perturbed.py -k "test_conv or test_channels"
 start perturbed-sizes tests/ops/test_perturbed.py -k test_sizes
 start perturbed-rest tests/ops/test_perturbed.py -k "not (test_linear or test_several or test_conv or test_channels or test_sizes)"
 start triton tests/ops/test_triton_add_noise.py tests/ops/test_triton_updates.py tests/ops/test_triton_tables.py tests/ops/test_triton_quantized.py
-start cuda tests/ops/test_cuda_cpp.py
+start cuda tests/ops/test_cuda_cpp.py tests/ops/test_cuda_qlinear.py
 if ls zo_kernels/_cuda.so > /dev/null 2>&1; then
   export ZO_CUDA_CPP=1
   start noise-by-cuda tests/ops/test_add_noise.py tests/ops/test_updates.py tests/ops/test_update_grids.py tests/ops/test_random_rounding.py tests/optim/test_graphed.py
+  start linear-by-cuda tests/ops/test_qlinear.py
   unset ZO_CUDA_CPP
 else
   say "CUDA C++ was not built: no nvcc, or a torch without CUDA"
@@ -50,7 +51,7 @@ for job in "${waiting[@]}"; do wait "$job" || failed=1; done
 say "tested"
 if ls zo_kernels/_cuda.so > /dev/null 2>&1 && command -v compute-sanitizer > /dev/null; then
   timeout 60 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-    python3 -m pytest -q -p no:cacheprovider tests/ops/test_cuda_cpp.py -k on_a_gpu > "$OUT/sanitizer.log" 2>&1 || failed=1
+    python3 -m pytest -q -p no:cacheprovider tests/ops/test_cuda_cpp.py tests/ops/test_cuda_qlinear.py -k on_a_gpu > "$OUT/sanitizer.log" 2>&1 || failed=1
   say "compute-sanitizer: $(grep -h 'ERROR SUMMARY' "$OUT/sanitizer.log" | tail -1)"
 else
   say "compute-sanitizer: not run, it or the CUDA C++ kernels are missing"

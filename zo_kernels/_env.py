@@ -16,7 +16,8 @@ def cpu_isa() -> str:
 
 
 def cuda_cpp() -> bool:
-    """ZO_CUDA_CPP=1: the update ops run CUDA C++ on a GPU in place of Triton; raises if not built.
+    """ZO_CUDA_CPP=1: the update ops, and `qlinear` of few floating rows, run CUDA C++ on a GPU in
+    place of Triton; raises if not built.
 
     Triton is the default until a row in benchmarks/results shows that C++ is faster.
     """

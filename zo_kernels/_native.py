@@ -55,3 +55,13 @@ def load_cuda() -> str | None:
     except OSError as error:
         return f"{_CUDA_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     return None
+
+
+def require_cuda() -> None:
+    """Load the CUDA C++ kernels, as `_env.cuda_cpp` asks.
+
+    Raises:
+        RuntimeError: they were not built.
+    """
+    if (why := load_cuda()) is not None:
+        raise RuntimeError(f"ZO_CUDA_CPP: the CUDA C++ kernels must be there, got {why}; unset it")

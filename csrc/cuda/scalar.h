@@ -23,6 +23,9 @@ ZO_HOST_DEVICE inline float mul(float a, float b) { return ZO_EITHER(__fmul_rn(a
 ZO_HOST_DEVICE inline float add(float a, float b) { return ZO_EITHER(__fadd_rn(a, b), a + b); }
 ZO_HOST_DEVICE inline float sub(float a, float b) { return ZO_EITHER(__fsub_rn(a, b), a - b); }
 ZO_HOST_DEVICE inline float div(float a, float b) { return ZO_EITHER(__fdiv_rn(a, b), a / b); }
+ZO_HOST_DEVICE inline float fma(float a, float b, float c) {
+  return ZO_EITHER(__fmaf_rn(a, b, c), __builtin_fmaf(a, b, c));
+}
 ZO_HOST_DEVICE inline float sqrt(float a) { return ZO_EITHER(__fsqrt_rn(a), __builtin_sqrtf(a)); }
 ZO_HOST_DEVICE inline float from_u32(uint32_t a) { return ZO_EITHER(__uint2float_rn(a), static_cast<float>(a)); }
 ZO_HOST_DEVICE inline float from_i32(int32_t a) { return ZO_EITHER(__int2float_rn(a), static_cast<float>(a)); }

@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "common/philox.h"
+#include "cuda/dtype.h"
 
 namespace zo::cuda {
-
-enum class Dtype { f32, bf16, f16 };
 
 // A tensor; what it lacks is 0.
 struct Row {

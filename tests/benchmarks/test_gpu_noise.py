@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import gpu_noise, report
+from benchmarks import gpu_noise, gpu_table, report
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 
@@ -26,7 +26,7 @@ def test_tiny_rows_are_kept_and_reported(tmp_path, capsys):
 def test_the_switch_to_cpp_is_put_back(monkeypatch):
     monkeypatch.setenv("ZO_CUDA_CPP", "0")
     seen = []
-    gpu_noise.by_cpp(lambda: seen.append(os.environ["ZO_CUDA_CPP"]))()
+    gpu_table.by_cpp(lambda: seen.append(os.environ["ZO_CUDA_CPP"]))()
     assert seen == ["1"] and os.environ["ZO_CUDA_CPP"] == "0"
 
 

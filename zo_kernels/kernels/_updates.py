@@ -249,8 +249,7 @@ def _launch_cpp(
     Raises:
         RuntimeError: it was not built.
     """
-    if (why := _native.load_cuda()) is not None:
-        raise RuntimeError(f"ZO_CUDA_CPP: the CUDA C++ kernels must be there, got {why}; unset it")
+    _native.require_cuda()
     torch.ops.zo_kernels._update_table(
         *(name.removeprefix("_").removesuffix("_kernel"), part.rows, part.chunks, *numbers),
         *(seed, terms, tile, part.tiles, kind, list(TYPES).index(part.dtype)),
