@@ -10,13 +10,13 @@ from torch import Tensor
 
 from persona.config import RunConfig
 from persona.data import Example, to_pixels
-from persona.families import StableDiffusion
+from persona.families import Predict, StableDiffusion
 from persona.timesteps import Window
 
 
 class Batch(NamedTuple):
     """Noised latents [B, C, h, w], what the UNet should predict of them, timesteps [B], token ids
-    [B, T]."""
+    [B, T]; all on the CPU."""
 
     x_t: Tensor
     target: Tensor
@@ -98,12 +98,25 @@ class Batches:
         return Batch(x_t, target, t, torch.stack(ids))
 
 
-def losses(family: StableDiffusion, batch: Batch, copies: int = 1) -> Tensor:
+def losses(
+    family: StableDiffusion, batch: Batch, copies: int = 1, predict: Predict | None = None
+) -> Tensor:
     """Squared error of every member, mean over its elements: fp32 [copies * B], with the UNet's
-    graph where gradients are enabled. The text encoder is frozen, and encodes one copy."""
-    device = family.device
+    graph where gradients are enabled. The text encoder is frozen, and encodes one copy.
+
+    predict: in place of `family.predict`.
+    """
+    x_t, t, target = on_device(batch, family.device)
     with torch.no_grad():
-        hidden = family.encode_tokens(batch.ids.to(device)).repeat(copies, 1, 1)
-    x_t, target = (x.to(device).repeat(copies, 1, 1, 1) for x in (batch.x_t, batch.target))
-    predicted = family.predict(x_t, batch.t.to(device).repeat(copies), hidden)
+        hidden = family.encode_tokens(batch.ids).repeat(copies, 1, 1)
+    x_t, target = (x.repeat(copies, 1, 1, 1) for x in (x_t, target))
+    predicted = (predict or family.predict)(x_t, t.repeat(copies), hidden)
     return (predicted - target).square().flatten(1).mean(1)
+
+
+def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised latents, timesteps and target there; the host waits for no copy."""
+    x_t, t, target = (
+        value.to(device, non_blocking=True) for value in (batch.x_t, batch.t, batch.target)
+    )
+    return x_t, t, target

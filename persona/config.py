@@ -208,6 +208,13 @@ class TextualInversionConfig(RunConfig):
     evaluations_per_forward: int = option(
         0, "perturbed copies a forward; 0: all, or what fits", at_least=0, may_change=True
     )
+    cuda_graph: bool = option(
+        False, "replay the UNet's forwards as CUDA graphs (zo, on a GPU)", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cuda_graph(self.cuda_graph, self.optimizer)
 
     @property
     def subject(self) -> str:
@@ -219,3 +226,12 @@ class TextualInversionConfig(RunConfig):
         if self.learning_rate_schedule != "constant":  # it ends where the run was to end
             shared["max_train_steps"] = self.max_train_steps
         return shared
+
+
+def check_cuda_graph(cuda_graph: bool, optimizer: str) -> None:
+    """Raises UserError where a graph is asked for of what has gradients."""
+    if cuda_graph and optimizer == "bp":
+        raise UserError(
+            "cuda_graph: must be left out where optimizer is bp, got both; a graph is of forward "
+            "passes, use optimizer zo"
+        )

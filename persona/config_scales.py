@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from persona.config import check_cuda_graph
 from persona.config_backprop import BackpropConfig
 from persona.errors import UserError
 from persona.intervals import Intervals
@@ -88,6 +89,11 @@ class ScaleTuningConfig(BackpropConfig):
     evaluations_per_forward: int = option(
         0, "perturbed evaluations a forward (zo); 0: all", at_least=0, may_change=True
     )
+    cuda_graph: bool = option(
+        False,
+        "replay the UNet's forwards as CUDA graphs (zo, on a GPU; not tuneqdm)",
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         values = _OPEN.get((self.preset, self.optimizer))
@@ -105,6 +111,12 @@ class ScaleTuningConfig(BackpropConfig):
                 "scales to train"
             )
         Intervals.selected(self.intervals)
+        check_cuda_graph(self.cuda_graph, self.optimizer)
+        if self.cuda_graph and self.method == "tuneqdm":
+            raise UserError(
+                "cuda_graph: must be left out where method is tuneqdm, got both; its perturbed "
+                "input scales are made anew for each forward, use peqa, s1 or s2"
+            )
 
     def served(self, limit: int) -> Intervals:
         """Which set serves which of ``limit`` timesteps when pictures are made."""

@@ -4,6 +4,7 @@
 So far: Stable Diffusion 1.x and 2.x.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from zo_kernels.quant import QuantConfig, QuantReport, quantize_
 with errors_only():
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # `StableDiffusion.predict`, or in its place
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
@@ -119,7 +121,7 @@ class StableDiffusion:
         return vae
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token ids, int64 [B, T], padded as the pipeline pads."""
+        """Token ids, int64 [B, T] on the CPU, padded as the pipeline pads."""
         tokenizer = self.pipe.tokenizer
         return tokenizer(
             prompts,
@@ -127,11 +129,11 @@ class StableDiffusion:
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
-        ).input_ids.to(self.device)
+        ).input_ids
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, d] of token ids [B, T]."""
-        return self.pipe.text_encoder(ids)[0]
+        return self.pipe.text_encoder(ids.to(self.device, non_blocking=True))[0]
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return self.schedule.add_noise(x0, noise, t)

@@ -11,6 +11,7 @@ of the plain forward, up to the rounding of kernels that add up in another order
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,26 +31,36 @@ def shared_prefix(unet: Any, copies: int) -> Iterator[None]:
     """
     handles = []
     if copies > 1:
-
-        def first(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            return tuple(map(_first, args)), {k: _first(v) for k, v in kwargs.items()}
-
-        def _first(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > 1:
-                return value[: len(value) // copies]
-            return value
-
-        def repeat(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return torch.cat([output] * copies)
-
         for module in prefix(unet):
-            handles.append(module.register_forward_pre_hook(first, with_kwargs=True))
-            handles.append(module.register_forward_hook(repeat))
+            handles.append(module.register_forward_pre_hook(_First(copies), with_kwargs=True))
+            handles.append(module.register_forward_hook(_Repeat(copies)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+# Hooks of as many copies are equal: `zo_kernels.nn.Graphed` knows them again.
+@dataclass(frozen=True)
+class _First:
+    copies: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tuple(map(self._first, args)), {k: self._first(v) for k, v in kwargs.items()}
+
+    def _first(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value[: len(value) // self.copies]
+        return value
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    copies: int
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.cat([output] * self.copies)
 
 
 def prefix(unet: Any) -> list[nn.Module]:

@@ -15,7 +15,8 @@ itself, one entry `persona.scales`, a JSON object:
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Switch:
         intervals: which set serves which timestep.
         scales: number of a set -> its scales; called before each pass.
         base: the scales where no set serves.
+        fixed: the modules hold copies that stay where they are in memory, for who captures a CUDA
+            graph of them. Sets have no gradient and no input scales then.
     """
 
     def __init__(
@@ -49,13 +52,36 @@ class Switch:
         intervals: Intervals,
         scales: Callable[[int], Scales],
         base: Scales,
+        fixed: bool = False,
     ) -> None:
         self.unet, self.intervals, self.scales, self.base = unet, intervals, scales, base
+        self._held = False
+        self._own: dict[str, Tensor] = {}
+        if fixed:
+            self._own = {name: scale.clone() for name, scale in base.items() if scale is not None}
+            set_scales_(unet, self._own)
         self._handle = unet.register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def place(self, number: int | None) -> None:
         """Put set `number` in place, or the base model's scales."""
-        set_scales_(self.unet, self.base if number is None else self.scales(number))
+        scales = self.base if number is None else self.scales(number)
+        if not self._own:
+            set_scales_(self.unet, scales)
+            return
+        with torch.no_grad():
+            now = [scale for scale in (scales[name] for name in self._own) if scale is not None]
+            torch._foreach_copy_(list(self._own.values()), now)
+
+    @contextmanager
+    def held(self, number: int | None) -> Iterator[None]:
+        """Within the block set `number` is in place whatever the timestep, which nobody reads: on a
+        GPU the host would have to wait for it."""
+        self.place(number)
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def remove(self) -> None:
         """Leave the UNet as it was before."""
@@ -63,6 +89,8 @@ class Switch:
         self.place(None)
 
     def _hook(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._held:
+            return
         t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
         groups = self.intervals.groups(t.reshape(-1))
         if len(groups) > 1:

@@ -51,7 +51,7 @@ def add_placeholder(tokenizer: Any, token: str, num_vectors: int) -> list[int]:
 
 
 def initial_rows(tokenizer: Any, table: Tensor, initializer: str, num_vectors: int) -> Tensor:
-    """fp32 [num_vectors, d]: the row of the one-token word ``initializer``, repeated.
+    """fp32 [num_vectors, d] on the CPU: the row of the one-token word ``initializer``, repeated.
 
     Raises:
         UserError: the word is not exactly one token of the vocabulary.
@@ -63,7 +63,7 @@ def initial_rows(tokenizer: Any, table: Tensor, initializer: str, num_vectors: i
             f"initializer_token: must be one token of the vocabulary, got {initializer!r}, which "
             f"is {len(ids)} ({' '.join(pieces)}); take a more common word for the class"
         )
-    return table[ids[0]].detach().float().repeat(num_vectors, 1)
+    return table[ids[0]].detach().to("cpu", torch.float32).repeat(num_vectors, 1)
 
 
 def expand(prompt: str, token: str, num_vectors: int) -> str:
@@ -113,6 +113,6 @@ class TokenHook:
         copies = self.rows[None] if self._copies is None else self._copies
         per_copy = ids.shape[0] // copies.shape[0]
         for index, new in enumerate(self.ids):
-            rows = copies[:, index].to(output.dtype).repeat_interleave(per_copy, 0)  # [Q * B, d]
+            rows = copies[:, index].to(output).repeat_interleave(per_copy, 0)  # [Q * B, d]
             output = torch.where((ids == new)[..., None], rows[:, None, :], output)
         return output

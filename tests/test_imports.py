@@ -24,7 +24,7 @@ LAYERS = (
         "zo_kernels.estimators",
         "zo_kernels.distributed",
     ),
-    ("zo_kernels.ops",),
+    ("zo_kernels.ops", "zo_kernels.graphs"),
     ("zo_kernels._registry",),
     ("zo_kernels.kernels",),
     ("zo_kernels.updates_numpy",),

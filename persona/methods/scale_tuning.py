@@ -30,6 +30,7 @@ from persona.batches import Batch, Batches, losses
 from persona.config_scales import ScaleTuningConfig
 from persona.data import Example
 from persona.families import StableDiffusion
+from persona.graphed import graphed
 from persona.methods import _method
 from persona.methods._method import Method, Step
 from persona.optimizer_state import part_of, prefixed
@@ -135,7 +136,9 @@ class ScaleTuning(Method):
         self.generator = torch.Generator().manual_seed(config.seed)
         if "in_scale" in kinds and config.in_scale_std:
             self.sets.spread_inputs(config.in_scale_std, self.generator)
-        self.switch = Switch(self.unet, self.served, self.sets.scales, self.sets.base)
+        graph = config.cuda_graph
+        self.switch = Switch(self.unet, self.served, self.sets.scales, self.sets.base, fixed=graph)
+        self.predict = graphed(family) if graph else None
         self.steps = 0
         self.rejected = 0  # steps whose loss was not finite
         self.batches = Batches(family, examples, config, config.subject)
@@ -185,43 +188,49 @@ class ScaleTuning(Method):
 
     @torch.no_grad()
     def _probe(self, parts: list[tuple[int, Batch]], size: int) -> float:
-        config, total = self.config, 0.0
-        updates = []
-        for place, (number, part) in enumerate(parts):
-            first = (self.steps * config.train_batch_size + place) * config.zo_n
-            found = self._evaluate(number, part, first) * (len(part.t) / size)
-            updates.append((number, first, found))
-            total += found.mean().item()
-        if not all(bool(found.isfinite().all()) for _, _, found in updates):
+        config = self.config
+        first = [
+            (self.steps * config.train_batch_size + place) * config.zo_n
+            for place in range(len(parts))
+        ]
+        found = torch.stack(
+            [
+                self._evaluate(number, part, draw) * (len(part.t) / size)
+                for (number, part), draw in zip(parts, first, strict=True)
+            ]
+        ).cpu()  # [parts, 2n]: the one moment when the host waits
+        total = sum(sides.mean().item() for sides in found)
+        if not found.isfinite().all():
             self.rejected += 1
             return total
-        for number, first, found in updates:
-            steps = [-config.learning_rate * c for c in two_sided(found.double(), config.zo_eps)]
-            draws = [first + j for j in range(config.zo_n)]
+        for (number, _), draw, sides in zip(parts, first, found, strict=True):
+            steps = [-config.learning_rate * c for c in two_sided(sides.double(), config.zo_eps)]
+            draws = [draw + j for j in range(config.zo_n)]
             self.sets.move_(number, config.seed, draws, steps)
         return total
 
     def _evaluate(self, number: int, part: Batch, first: int) -> Tensor:
-        """Losses [2n] of a set's two sides along each direction, over its members."""
+        """Losses [2n] of a set's two sides along each direction, over its members; on the model's
+        device."""
         config = self.config
         sides = [
             (first + j, sign * config.zo_eps) for j, sign in schedule("two_sided", config.zo_n)
         ]
         at_once = config.evaluations_per_forward or len(sides)
-        self.switch.place(number)  # what is perturbed
         found = []
-        for start in range(0, len(sides), at_once):
-            some = sides[start : start + at_once]
-            with perturbed(
-                self.unet,
-                seed=config.seed,
-                draws=[draw for draw, _ in some],
-                coeffs=[coeff for _, coeff in some],
-                what="scale_relative" if self.sets.relative else "scale",
-                inputs=config.method == "tuneqdm",
-            ):
-                errors = losses(self.family, part, copies=len(some))
-            found.append(errors.view(len(some), -1).mean(1).cpu())
+        with self.switch.held(number):  # what is perturbed
+            for start in range(0, len(sides), at_once):
+                some = sides[start : start + at_once]
+                with perturbed(
+                    self.unet,
+                    seed=config.seed,
+                    draws=[draw for draw, _ in some],
+                    coeffs=[coeff for _, coeff in some],
+                    what="scale_relative" if self.sets.relative else "scale",
+                    inputs=config.method == "tuneqdm",
+                ):
+                    errors = losses(self.family, part, copies=len(some), predict=self.predict)
+                found.append(errors.view(len(some), -1).mean(1))
         return torch.cat(found)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from persona.batches import Batch, Batches
+from persona.batches import Batch, Batches, on_device
 from persona.config import TextualInversionConfig
 from persona.data import Example
 from persona.early_stopping import DRAWS, EarlyStopping
 from persona.errors import UserError
 from persona.export import save_embedding
-from persona.families import StableDiffusion
+from persona.families import Predict, StableDiffusion
 from persona.fixed_batches import FixedBatches
+from persona.graphed import graphed
 from persona.methods import _method
 from persona.methods._method import Method, Step
 from persona.optimizer_state import part_of, prefixed
@@ -55,6 +56,7 @@ class TextualInversion(Method):
         self, family: StableDiffusion, config: TextualInversionConfig, examples: list[Example]
     ) -> None:
         self.family, self.config = family, config
+        self.predict = graphed(family) if config.cuda_graph else None
         embedding = family.pipe.text_encoder.get_input_embeddings()
         tokenizer = family.pipe.tokenizer
         self.theta = initial_rows(
@@ -211,20 +213,22 @@ class TextualInversion(Method):
         return 0.5 + 0.5 * math.cos(math.pi * (self.steps - 1) / self.config.max_train_steps)
 
     def _losses(self, copies: Tensor, batch: Batch) -> Tensor:
-        """Loss of every copy [Q, R, d] on the same batch: fp32 [Q]."""
+        """Loss of every copy [Q, R, d] on the same batch: fp32 [Q] on the CPU."""
         while True:
             try:
                 groups = copies.split(self._copies_per_forward)
-                return torch.cat([self._group_losses(group, batch) for group in groups])
+                losses = torch.cat([self._group_losses(group, batch) for group in groups])
+                return losses.cpu()  # the one moment when the host waits
             except torch.OutOfMemoryError:
                 if self._copies_per_forward == 1:
                     raise
                 self._copies_per_forward = (self._copies_per_forward + 1) // 2
 
     def _group_losses(self, copies: Tensor, batch: Batch) -> Tensor:
-        """Where copies take part in autograd, so do the losses."""
-        with self.hook.copies(copies.to(self.family.device)):
-            return copy_errors(self.family, batch, len(copies)).flatten(1).mean(1).cpu()
+        """Where copies take part in autograd, so do the losses; on the model's device."""
+        with self.hook.copies(copies.to(self.family.device, non_blocking=True)):
+            errors = copy_errors(self.family, batch, len(copies), self.predict)
+            return errors.flatten(1).mean(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a bit-identical resume needs: a few vectors."""
@@ -260,13 +264,19 @@ class TextualInversion(Method):
         return _method.metadata(self, self.config, name, len(self.batches))
 
 
-def copy_errors(family: StableDiffusion, batch: Batch, count: int) -> Tensor:
-    """Squared errors [Q, B, C, h, w] of a batch under `count` = Q copies that a hook serves now."""
+def copy_errors(
+    family: StableDiffusion, batch: Batch, count: int, predict: Predict | None = None
+) -> Tensor:
+    """Squared errors [Q, B, C, h, w] of a batch under `count` = Q copies that a hook serves now.
+
+    predict: in place of `family.predict`.
+    """
+    x_t, t, target = on_device(batch, family.device)
     # Pictures share prompts: each is encoded once for every copy.
     ids, which = batch.ids.unique(dim=0, return_inverse=True)
     encoded = family.encode_tokens(ids.repeat(count, 1))
+    which = which.to(family.device, non_blocking=True)
     hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
-    x_t, t = batch.x_t.to(family.device).repeat(count, 1, 1, 1), batch.t.to(family.device)
     with shared_prefix(family.pipe.unet, count):
-        predicted = family.predict(x_t, t.repeat(count), hidden)
-    return (predicted.unflatten(0, (count, -1)) - batch.target.to(family.device)).square()
+        predicted = (predict or family.predict)(x_t.repeat(count, 1, 1, 1), t.repeat(count), hidden)
+    return (predicted.unflatten(0, (count, -1)) - target).square()

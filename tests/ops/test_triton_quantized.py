@@ -27,7 +27,7 @@ from zo_kernels.testing import assert_close_to_math, assert_same_bits
 
 pytest.importorskip("triton")
 checks = pytest.importorskip("triton_checks")
-from zo_kernels.kernels import _multiply, _rows, quantize_rows  # noqa: E402
+from zo_kernels.kernels import _multiply, _numbers, _rows, quantize_rows  # noqa: E402
 from zo_kernels.kernels._tiles import FEW_PROGRAMS, PROCESSORS, tiles  # noqa: E402
 from zo_kernels.kernels.qconv2d import qconv2d_triton  # noqa: E402
 from zo_kernels.kernels.qlinear import qlinear_triton  # noqa: E402
@@ -209,6 +209,22 @@ def test_scales_perturbed_by_hand(perturb):
 
 
 @interpreter
+@pytest.mark.parametrize("what", COEFFS)
+def test_numbers_of_the_device(what):
+    """Draws and coefficients are read where they were placed: what has frozen all else perturbs
+    anew. With k joined from parts, too."""
+    weight, k = Weight((17, 600), 8, headroom=3), 600
+    first, second = noise_of(what), noise_of(what)
+    second.draws, second.coeffs = [-7, 2**33], [second.coeffs[1], second.coeffs[0]]
+    call = Call(randn(4, k), **weight.arguments, **arguments(first), act_bits=8)
+    wanted = qlinear_triton(call._replace(**arguments(second)))
+    there = torch.tensor(second.draws), torch.tensor(second.coeffs)
+    with _numbers.placed(torch.zeros(2), there), _numbers.placed(call.coeffs, there):
+        assert_same_bits(qlinear_triton(call), wanted)
+    assert not torch.equal(qlinear_triton(call), wanted)
+
+
+@interpreter
 def test_the_noise_is_that_of_the_contract():
     """Unit inputs read the perturbed weight: over several words of signs, from odd elements on."""
     for k in (45, 128):
@@ -257,7 +273,7 @@ def test_empty_and_misaligned():
 @pytest.mark.slow
 def test_interpreter():
     """Runs the tests above, in a process whose Triton interprets."""
-    assert checks.interpreted(__file__) == 36
+    assert checks.interpreted(__file__) == 40
 
 
 def meta(*shape, dtype=torch.float32):

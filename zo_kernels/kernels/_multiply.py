@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zo_kernels.kernels._epilogue import _join_kernel
+from zo_kernels.kernels._numbers import on_device
 from zo_kernels.kernels._product import _product_kernel
 from zo_kernels.kernels._tiles import Tiles, options, tiles
 from zo_kernels.kernels._tuning import bucket, tuned
@@ -90,8 +91,7 @@ def multiply(
     cut = tiles(*shape, integer=integer, heavy=heavy, splittable=splittable)
     draws, coeffs = None, None
     if call.perturb != "none":
-        draws = torch.tensor(call.draws, dtype=torch.int64).to(y.device, non_blocking=True)
-        coeffs = call.coeffs.to(y.device, non_blocking=True)
+        draws, coeffs = on_device(call.draws, call.coeffs, y.device)
     sixteenths = call.bits == 4 and not (integer and call.zero_point is not None)
     noise = {"PERTURB": call.perturb, "NORMAL": call.kind == "normal"}
     noise["UNIT"] = 16 if sixteenths else 1

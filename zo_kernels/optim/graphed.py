@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from zo_kernels.estimators import check
+from zo_kernels.graphs import Graph, pool_of
 from zo_kernels.optim._calls import Action, Base, Copy
 from zo_kernels.optim._probe import InPlace
 from zo_kernels.optim._round import Round
@@ -97,10 +98,10 @@ class GraphedStep:
             self._updates[key] = _Update(actions, optimizer, device, self._graph)
         self._updates[key].run(actions, optimizer.draw)
 
-    def _graph(self, device: torch.device, function: Callable[[], None]) -> _Graph:
-        if device.type == "cuda" and self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return _Graph(device, function, self._pool)
+    def _graph(self, device: torch.device, function: Callable[[], None]) -> Graph:
+        if self._pool is None:
+            self._pool = pool_of(device)
+        return Graph(device, function, self._pool)
 
 
 def _kind(current: Round, draw: int) -> tuple[Any, ...]:
@@ -119,42 +120,6 @@ def _kind(current: Round, draw: int) -> tuple[Any, ...]:
     return type(probe), *held, *spans, *plan
 
 
-class _Graph:
-    """A function without arguments: run as it is, then captured, then replayed; on the CPU run."""
-
-    def __init__(self, device: torch.device, function: Callable[[], None], pool: Any) -> None:
-        self.device, self.function, self.pool = device, function, pool
-        self.graph: Any = None
-        self.warm = self.capturing = False
-        self.kept: list[object] = []
-
-    def run(self) -> bool:
-        """Whether the host went through the function, and not the device alone."""
-        if self.device.type != "cuda":
-            self.function()
-            return True
-        if self.graph is not None:
-            self.graph.replay()
-            return False
-        # Both on a stream of its own, as torch wants it.
-        side, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        if not self.warm:
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                self.function()
-            main.wait_stream(side)
-            self.warm = True
-            return True
-        from zo_kernels.kernels import _table
-
-        self.capturing, graph = True, torch.cuda.CUDAGraph()
-        with _table.keeping() as self.kept, torch.cuda.graph(graph, self.pool, side):
-            self.function()
-        self.capturing, self.graph = False, graph
-        graph.replay()
-        return True
-
-
 class _Evaluations:
     """All evaluations of a step, from the perturbations to the losses."""
 
@@ -165,7 +130,7 @@ class _Evaluations:
         self.left: list[Any] = []
         self.base = Base(torch.zeros(1, dtype=torch.int64, device=device), draw)
         self.losses = torch.zeros(len(self.evaluations), dtype=torch.float64, device=device)
-        self.graph: _Graph = graph(device, self._evaluate)
+        self.graph: Graph = graph(device, self._evaluate)
         self.closure: Callable[[], Tensor] | None = None
 
     def run(self, closure: Callable[[], Tensor], current: Round, draw: int) -> list[float]:
@@ -228,7 +193,7 @@ class _Update:
         # The host writes here again only when it has read the losses of the next step: the copy
         # that was queued before them is over by then.
         self.staged = torch.zeros(size, pin_memory=device.type == "cuda")
-        self.graph: _Graph = graph(device, self._update)
+        self.graph: Graph = graph(device, self._update)
 
     def run(self, actions: list[Action], draw: int) -> None:
         self.base.tensor.fill_(draw)
