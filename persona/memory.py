@@ -53,8 +53,8 @@ def trim() -> None:
     """Give freed memory back to the system, where the C library can (glibc); elsewhere do nothing.
 
     glibc keeps what a forward pass frees, in pieces that the next one fits only in part: without
-    this a run on the CPU grows by 13 MB a forward at Stable Diffusion 1.5's size. It takes less
-    time than forwards of tiny-sd differ by.
+    this a run on the CPU grows from forward to forward. The price is that of
+    `give_back_large_blocks`.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -35,7 +35,7 @@ start perturbed-linear tests/ops/test_perturbed.py -k "test_linear or test_sever
 start perturbed-conv tests/ops/test_perturbed.py -k "test_conv or test_channels"
 start perturbed-sizes tests/ops/test_perturbed.py -k test_sizes
 start perturbed-rest tests/ops/test_perturbed.py -k "not (test_linear or test_several or test_conv or test_channels or test_sizes)"
-start triton tests/ops/test_triton_add_noise.py tests/ops/test_triton_updates.py tests/ops/test_triton_tables.py tests/ops/test_triton_quantized.py
+start triton tests/ops/test_triton_add_noise.py tests/ops/test_triton_updates.py tests/ops/test_triton_tables.py tests/ops/test_triton_tiles.py tests/ops/test_triton_quantized.py
 start cuda tests/ops/test_cuda_cpp.py tests/ops/test_cuda_qlinear.py
 if ls zo_kernels/_cuda.so > /dev/null 2>&1; then
   export ZO_CUDA_CPP=1

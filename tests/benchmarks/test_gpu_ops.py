@@ -37,7 +37,6 @@ def test_tiny_steps_are_kept_and_reported(tmp_path, monkeypatch):
     quick = {k: v for k, v in gpu_steps.STACKS.items() if k not in gpu_steps.IN_TURNS}
     monkeypatch.setattr(gpu_steps, "STACKS", quick)
     monkeypatch.setattr(gpu_steps, "timed", once)
-    monkeypatch.setattr(gpu_steps, "timed", once)
     assert gpu_steps.main(["--tiny", "--out", str(out)]) == 0
     forwards, steps = json.loads(out.read_text())["tables"]
     assert [row[0] for row in forwards["rows"]] == list(quick)
