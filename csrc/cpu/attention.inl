@@ -159,25 +159,26 @@ struct Head {
 
   // acc += rows of pairs at `a` times panels of pairs at `b`, from vector `vector` on.
   template <int R, int N>
-  static void add_pairs(U (&acc)[R][N], const int16_t* a, int64_t stride, const int16_t* b, int64_t panel_stride,
-                        int vector, int64_t steps) {
+  ZO_INLINE static void add_pairs(U (&acc)[R][N], const int16_t* a, int64_t stride, const int16_t* b,
+                                  int64_t panel_stride, int vector, int64_t steps) {
     const int8_t* rows[R];
-    ZO_UNROLL for (int i = 0; i < R; ++i) rows[i] = reinterpret_cast<const int8_t*>(a + i * stride);
+    each<R>([&](auto i) ZO_INLINE { rows[i] = reinterpret_cast<const int8_t*>(a + i * stride); });
     const uint8_t* vectors[N];
-    ZO_UNROLL for (int j = 0; j < N; ++j) vectors[j] = vector_at(b, panel_stride * 2, vector + j, 4 * W);
+    each<N>([&](auto j) ZO_INLINE { vectors[j] = vector_at(b, panel_stride * 2, vector + j, 4 * W); });
     add_products<D::Pairs>(acc, rows, vectors, steps);
   }
 
+  // Not inlined into `visit`, nor is `gather`: together they would be short of registers.
   template <int R, int N>
-  void score(int64_t row, const int16_t* keys_of, int vector, int32_t* to) const {
+  [[gnu::noinline]] void score(int64_t row, const int16_t* keys_of, int vector, int32_t* to) const {
     U acc[R][N];
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::set(kNoScore);
-    }
+    each<R>([&](auto i) ZO_INLINE {
+      each<N>([&](auto j) ZO_INLINE { acc[i][j] = V::set(kNoScore); });
+    });
     add_pairs(acc, queries + row * columns, columns, keys_of, steps * 2 * kPanel, vector, steps);
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      ZO_UNROLL for (int j = 0; j < N; ++j) V::store_words(to + i * kBlockKeys + (vector + j) * W, acc[i][j]);
-    }
+    each<R>([&](auto i) ZO_INLINE {
+      each<N>([&](auto j) ZO_INLINE { V::store_words(to + i * kBlockKeys + (vector + j) * W, acc[i][j]); });
+    });
   }
 
   // The largest of `count` scores of a row. `valid` masks the last vector.
@@ -220,19 +221,20 @@ struct Head {
   }
 
   template <int R, int N>
-  void gather(const int16_t* weight, const int16_t* values_of, int64_t pairs, int64_t row, int vector) {
+  [[gnu::noinline]] void gather(const int16_t* weight, const int16_t* values_of, int64_t pairs, int64_t row,
+                                int vector) {
     U acc[R][N];
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::set(0u);
-    }
+    each<R>([&](auto i) ZO_INLINE {
+      each<N>([&](auto j) ZO_INLINE { acc[i][j] = V::set(0u); });
+    });
     add_pairs(acc, weight, kBlockKeys, values_of, block * kPanel, vector, pairs);
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
+    each<R>([&](auto i) ZO_INLINE {
       const F by = V::set(shrink[row + i]);
-      ZO_UNROLL for (int j = 0; j < N; ++j) {
+      each<N>([&](auto j) ZO_INLINE {
         float* at = sums + (row + i) * columns + (vector + j) * W;
         V::store(at, V::add(V::mul(V::load(at), by), V::from_i32(acc[i][j])));
-      }
-    }
+      });
+    });
   }
 
   // run(N, first) over all vectors, as many at a time as registers allow and about as many each time: one alone would

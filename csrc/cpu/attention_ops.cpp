@@ -5,6 +5,7 @@
 #include "cpu/activations.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
+#include "cpu/share_out.h"
 
 namespace zo::cpu {
 
@@ -29,8 +30,8 @@ Tensor qattention(Tensor query, Tensor key, Tensor value, int64_t heads, double 
   a.scale = static_cast<float>(scale);
   const int64_t groups = (a.queries + kAttentionRows - 1) / kAttentionRows;
   const auto size = static_cast<int64_t>(q.element_size());
-  // A group of queries of a head is the unit; a thread prepares the keys of a head once for all that it gets of it.
-  torch::stable::parallel_for(0, q.size(0) * heads * groups, 1, [&](int64_t begin, int64_t end) {
+  // A group of queries of a head is the unit; a range prepares the keys of a head once for all that it has of it.
+  share_out(q.size(0) * heads * groups, 1, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t head = begin / groups, stop = std::min(end, (head + 1) * groups);
       const int64_t sample = head / heads, channel = head % heads * a.depth;

@@ -18,14 +18,12 @@
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include "cpu/noise.inl"
 #pragma GCC diagnostic pop
+#include "cpu/each.h"
 #include "cpu/product.h"
 #include "cpu/signs.inl"
 
 namespace zo::cpu {
 namespace {
-
-// Loops over rows and vectors of the register tile: gcc must see through them early, or the tile lies in memory.
-#define ZO_UNROLL _Pragma("GCC unroll 8")
 
 constexpr int kPanelVectors = kPanel / W;
 constexpr int kTileSize = kTile * kColumns;
@@ -58,11 +56,11 @@ struct Visit {
 };
 
 template <class A, int R>
-inline void aim(const Visit<A>& v, int64_t tap, int first_row, const A* (&a)[R]) {
-  ZO_UNROLL for (int i = 0; i < R; ++i) {
+ZO_INLINE inline void aim(const Visit<A>& v, int64_t tap, int first_row, const A* (&a)[R]) {
+  each<R>([&](auto i) ZO_INLINE {
     const int32_t offset = v.offset[tap * kTile + first_row + i];
     a[i] = (offset == kOutside ? v.zeros : v.a + offset) + v.channel;
-  }
+  });
 }
 
 inline const uint8_t* vector_at(const void* b, int64_t panel_stride, int vector, int bytes) {
@@ -71,14 +69,14 @@ inline const uint8_t* vector_at(const void* b, int64_t panel_stride, int vector,
 
 // What makes the sums of lanes those of codes: minus the lanes' zeros times the sum of the row.
 template <class L, int R, int N>
-inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
-  ZO_UNROLL for (int i = 0; i < R; ++i) {
+ZO_INLINE inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
+  each<R>([&](auto i) ZO_INLINE {
     const U sum = V::set(static_cast<uint32_t>(-sums[i]));
-    ZO_UNROLL for (int j = 0; j < N; ++j) {
+    each<N>([&](auto j) ZO_INLINE {
       acc[i][j] = zero != nullptr ? D::multiply(sum, V::load_words(zero + j * W))
                                   : V::set(static_cast<uint32_t>(-L::kOffset * sums[i]));
-    }
-  }
+    });
+  });
 }
 
 // Codes of 4 bits as they are packed: 8 channels a step.
@@ -89,37 +87,52 @@ template <class L>
 constexpr int kStepChannels = std::is_same_v<L, Nibbles> ? 8 : 4;
 
 template <class L, int R, int N>
-inline void add_step(U (&acc)[R][N], const int8_t* const (&a)[R], const L (&w)[N], int64_t channel) {
-  ZO_UNROLL for (int i = 0; i < R; ++i) {
+ZO_INLINE inline void add_step(U (&acc)[R][N], const int8_t* const (&a)[R], const L (&w)[N], int64_t channel) {
+  each<R>([&](auto i) ZO_INLINE {
     const U x = D::broadcast(a[i] + channel);
-    ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = L::dot(acc[i][j], w[j], x);
-  }
+    each<N>([&](auto j) ZO_INLINE { acc[i][j] = L::dot(acc[i][j], w[j], x); });
+  });
 }
 
 // acc += products of `steps` times kStepChannels<L> channels.
 template <class L, int R, int N>
-inline void add_products(U (&acc)[R][N], const int8_t* const (&a)[R], const uint8_t* const (&b)[N], int64_t steps) {
+ZO_INLINE inline void add_products(U (&acc)[R][N], const int8_t* const (&a)[R], const uint8_t* const (&b)[N],
+                                   int64_t steps) {
   // Equal to gcc, accumulators would share registers and be copied.
-  ZO_UNROLL for (int i = 0; i < R; ++i) {
-    ZO_UNROLL for (int j = 0; j < N; ++j) D::keep(acc[i][j]);
-  }
-#pragma GCC unroll 1  // more, and gcc keeps a copy of every accumulator on the stack
-  for (int64_t s = 0; s < steps; ++s) {
+  each<R>([&](auto i) ZO_INLINE { each<N>([&](auto j) ZO_INLINE { D::keep(acc[i][j]); }); });
+  each_step(steps, [&](int64_t s) ZO_INLINE {
     if constexpr (std::is_same_v<L, Nibbles>) {
       const U low = V::set(0x0F0F0F0Fu);
-      const auto codes = [&](int j) { return V::load_words(reinterpret_cast<const int32_t*>(b[j] + s * 4 * kPanel)); };
+      const auto codes = [&](int j) ZO_INLINE {
+        return V::load_words(reinterpret_cast<const int32_t*>(b[j] + s * 4 * kPanel));
+      };
       typename D::Narrow w[N];
-      ZO_UNROLL for (int j = 0; j < N; ++j) w[j].u = V::bit_and(codes(j), low);
+      each<N>([&](auto j) ZO_INLINE { w[j].u = V::bit_and(codes(j), low); });
       add_step(acc, a, w, 8 * s);
       asm volatile("" ::: "memory");  // loaded again: there is no register to keep them in
-      ZO_UNROLL for (int j = 0; j < N; ++j) w[j].u = V::bit_and(V::template shift_right<4>(codes(j)), low);
+      each<N>([&](auto j) ZO_INLINE { w[j].u = V::bit_and(V::template shift_right<4>(codes(j)), low); });
       add_step(acc, a, w, 8 * s + 4);
     } else {
       L w[N];
-      ZO_UNROLL for (int j = 0; j < N; ++j) w[j] = L::load(b[j] + s * 4 * kPanel);
+      each<N>([&](auto j) ZO_INLINE { w[j] = L::load(b[j] + s * 4 * kPanel); });
       add_step(acc, a, w, 4 * s);
     }
-  }
+  });
+}
+
+// The same of `steps` channels in fp32.
+template <int R, int N>
+ZO_INLINE inline void add_products(F (&acc)[R][N], const float* const (&a)[R], const uint8_t* const (&b)[N],
+                                   int64_t steps) {
+  each<R>([&](auto i) ZO_INLINE { each<N>([&](auto j) ZO_INLINE { acc[i][j] = V::keep(acc[i][j]); }); });
+  each_step(steps, [&](int64_t s) ZO_INLINE {
+    F w[N];
+    each<N>([&](auto j) ZO_INLINE { w[j] = V::load(reinterpret_cast<const float*>(b[j] + s * 4 * kPanel)); });
+    each<R>([&](auto i) ZO_INLINE {
+      const F x = V::set(a[i][s]);
+      each<N>([&](auto j) ZO_INLINE { acc[i][j] = D::fma(x, w[j], acc[i][j]); });
+    });
+  });
 }
 
 template <class L>
@@ -132,20 +145,20 @@ struct Integers {
     if (v.first) {
       start_at<L>(acc, v.sums + row, v.zero != nullptr ? v.zero + vector * W : nullptr);
     } else {
-      ZO_UNROLL for (int i = 0; i < R; ++i) {
-        ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::load_words(total + i * kColumns + j * W);
-      }
+      each<R>([&](auto i) ZO_INLINE {
+        each<N>([&](auto j) ZO_INLINE { acc[i][j] = V::load_words(total + i * kColumns + j * W); });
+      });
     }
     for (int64_t tap = 0; tap < v.taps; ++tap) {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
       add_products<L>(acc, a, b, v.steps * 4 / kStepChannels<L>);
     }
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      ZO_UNROLL for (int j = 0; j < N; ++j) V::store_words(total + i * kColumns + j * W, acc[i][j]);
-    }
+    each<R>([&](auto i) ZO_INLINE {
+      each<N>([&](auto j) ZO_INLINE { V::store_words(total + i * kColumns + j * W, acc[i][j]); });
+    });
   }
 };
 
@@ -164,21 +177,21 @@ struct Groups {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
+      each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
       for (int64_t g = 0; g < v.groups; ++g) {
         U acc[R][N];
         start_at<L>(acc, sums, zero);
         add_products<L>(acc, a, b, v.steps * 4 / kStepChannels<L>);
-        ZO_UNROLL for (int j = 0; j < N; ++j) {
+        each<N>([&](auto j) ZO_INLINE {
           const F by = V::load(scale + j * W);
-          ZO_UNROLL for (int i = 0; i < R; ++i) {
+          each<R>([&](auto i) ZO_INLINE {
             float* at = total + i * kColumns + j * W;
             const F y = V::mul(V::from_i32(acc[i][j]), by);
             V::store(at, begin ? y : V::add(V::load(at), y));
-          }
-        }
-        ZO_UNROLL for (int i = 0; i < R; ++i) a[i] += 4 * v.steps;
-        ZO_UNROLL for (int j = 0; j < N; ++j) b[j] += v.steps * 4 / kStepChannels<L> * 4 * kPanel;
+          });
+        });
+        each<R>([&](auto i) ZO_INLINE { a[i] += 4 * v.steps; });
+        each<N>([&](auto j) ZO_INLINE { b[j] += v.steps * 4 / kStepChannels<L> * 4 * kPanel; });
         sums += kTile;
         scale += kColumns;
         if (zero != nullptr) zero += kColumns;
@@ -195,29 +208,22 @@ struct Floats {
   [[gnu::noinline]] static void run(const Visit<A>& v, int row, int vector) {
     float* total = static_cast<float*>(v.total) + row * kColumns + vector * W;
     F acc[R][N];
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = V::set(0.0f);
-    }
+    each<R>([&](auto i) ZO_INLINE {
+      each<N>([&](auto j) ZO_INLINE { acc[i][j] = V::set(0.0f); });
+    });
     for (int64_t tap = 0; tap < v.taps; ++tap) {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      ZO_UNROLL for (int j = 0; j < N; ++j) b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride;
-      for (int64_t s = 0; s < v.steps; ++s) {
-        F w[N];
-        ZO_UNROLL for (int j = 0; j < N; ++j) w[j] = V::load(reinterpret_cast<const float*>(b[j] + s * 4 * kPanel));
-        ZO_UNROLL for (int i = 0; i < R; ++i) {
-          const F x = V::set(a[i][s]);
-          ZO_UNROLL for (int j = 0; j < N; ++j) acc[i][j] = D::fma(x, w[j], acc[i][j]);
-        }
-      }
+      each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
+      add_products(acc, a, b, v.steps);
     }
-    ZO_UNROLL for (int i = 0; i < R; ++i) {
-      ZO_UNROLL for (int j = 0; j < N; ++j) {
+    each<R>([&](auto i) ZO_INLINE {
+      each<N>([&](auto j) ZO_INLINE {
         float* at = total + i * kColumns + j * W;
         V::store(at, v.first ? acc[i][j] : V::add(V::load(at), acc[i][j]));
-      }
-    }
+      });
+    });
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include "cpu/pixels.h"
 #include "cpu/plan.h"
+#include "cpu/share_out.h"
 
 namespace zo::cpu {
 namespace {
@@ -75,15 +76,18 @@ void fill_tables(Product& p, const Geometry& g, const Pixels& a, bool per_sample
 
 int64_t panels_of(const Product& p) { return (p.n + kPanel - 1) / kPanel; }
 
-// Many rows are shared out by tiles, each thread reading all weights; few by panels, each weight being read once.
+// Many rows are shared out by tiles, each range reading all weights; few by panels, each weight being read once.
 void run(const Product& p) {
   const int64_t tiles = p.sets * p.tiles, panels = panels_of(p), threads = torch::stable::get_num_threads();
   const Kernels& k = kernels_for(p);
+  const auto some_panels = [&](int64_t begin, int64_t end) { k.multiply(p, begin, end, 0, tiles); };
   const bool large = 2 * p.n * p.rows * p.sets * p.taps * p.channels >= 1 << 18;  // worth a second thread
   if (tiles >= 32 * threads) {
-    parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) { k.multiply(p, 0, panels, begin, end); });
-  } else {
-    parallel_for(0, panels, large ? 1 : panels, [&](int64_t begin, int64_t end) { k.multiply(p, begin, end, 0, tiles); });
+    share_out(tiles, kBlockTiles / 4, [&](int64_t begin, int64_t end) { k.multiply(p, 0, panels, begin, end); });
+  } else if (panels >= 4 * kBlockPanels * threads) {
+    share_out(panels, kBlockPanels, some_panels);
+  } else {  // too few to be shared out in whole blocks
+    parallel_for(0, panels, large ? 1 : panels, some_panels);
   }
 }
 
