@@ -3,11 +3,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
+
+# Where `os.environ` keeps its variables, and under which key. Every call of an op asks for the
+# backend, and `os.environ.get` of what is not set takes as long as all checks of a tensor.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_BACKEND = os.environ.encodekey("ZO_BACKEND") if _variables is not os.environ else "ZO_BACKEND"
 
 
 def backend() -> str:
     """ZO_BACKEND: the backend every op takes, or "auto"; one that cannot run raises."""
-    return os.environ.get("ZO_BACKEND", "auto")
+    return os.environ["ZO_BACKEND"] if _BACKEND in _variables else "auto"
 
 
 def cpu_isa() -> str:

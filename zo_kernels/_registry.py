@@ -28,6 +28,7 @@ BACKENDS = ("auto", REFERENCE, "cpp", "triton")
 RUNS: Counter[tuple[str, str]] = Counter()  # (op, backend): calls of the kernels written in Python
 OPS: dict[str, "Op"] = {}
 
+_CPU = torch.device("cpu")  # comparing takes a tenth of the time of `device.type`
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _log = logging.getLogger(NAMESPACE)
 _logged: set[str] = set()
@@ -64,7 +65,11 @@ class Backend:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """Call it with every argument of its schema, checked: picks a backend and runs it."""
+    """Call it with every argument of its schema, checked: picks a backend and runs it.
+
+    Gradients flow through an op with a `differentiable`, the autograd function of its formula, and
+    through no other.
+    """
 
     name: str
     overload: Any
@@ -76,16 +81,21 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         run = self.reference if self.choose(args) == REFERENCE else self.overload
-        # The formula that torch.library registers costs as much as a small layer: it asks for the
-        # list of the schema's arguments once an argument. A graph that is traced keeps to it.
+        if torch.compiler.is_compiling():
+            # A graph that is traced keeps to the formula that torch.library registers. Otherwise
+            # that costs as much as a small layer, even where no gradient is asked for.
+            if self.differentiable is not None:
+                return run(*args)
+            with torch.no_grad():
+                return run(*args)
         if (
             self.differentiable is not None
             and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
             and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
         ):
             return self.differentiable.apply(run, *args)
-        return run(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
 
     def choose(self, args: Sequence[Any]) -> str:
         """Name of the backend that runs these arguments."""
@@ -93,7 +103,7 @@ class Op:
         if asked == REFERENCE:
             return REFERENCE
         device = self.device_of(*args)
-        kind = "cpu" if device is None else device.type
+        kind = "cpu" if device is None or device == _CPU else device.type
         if asked != "auto":
             reasons = {b.name: b.reason(kind, args) for b in self.backends}
             if reasons.get(asked, "") is None:
@@ -104,10 +114,12 @@ class Op:
                 f"'auto' or one of these\n  {REFERENCE}: can run{listed}"
             )
         for backend in self.backends:
+            if backend.device != kind:
+                continue
             why = backend.reason(kind, args)
             if why is None:
                 return backend.name
-            if backend.device == kind and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
                 _log_once(f"{self.name}: runs the reference, not {backend.name}, which is {why}")
         return REFERENCE
 
@@ -166,7 +178,7 @@ def cpp_available() -> str | None:
 
 def requested_backend() -> str:
     """The innermost `use_backend`, else ZO_BACKEND, else "auto"."""
-    return _known("ZO_BACKEND", _forced[-1] if _forced else _env.backend())
+    return _forced[-1] if _forced else _known("ZO_BACKEND", _env.backend())
 
 
 @contextmanager

@@ -41,7 +41,11 @@ def packed_shape(shape: Sequence[int], bits: int = 8) -> tuple[int, int, int, in
     Raises:
         ValueError: other bits, another number of dimensions, or an empty weight.
     """
-    n, taps, channels = _sizes("packed_shape", shape, bits)
+    return packed_sizes(*_sizes("packed_shape", shape, bits), bits)
+
+
+def packed_sizes(n: int, taps: int, channels: int, bits: int) -> tuple[int, int, int, int]:
+    """Unchecked: `packed_shape` of a weight [N, taps, C]."""
     return -(-n // PANEL), taps * -(-channels // STEP[bits]), PANEL, 4
 
 

@@ -2,6 +2,7 @@
 """Every op that is declared: opcheck, names, and the choice of a backend."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,32 @@ def test_backend_from_the_environment(monkeypatch):
     monkeypatch.setenv("ZO_BACKEND", "magic")
     with pytest.raises(ValueError, match=r"ZO_BACKEND: backend must be one of .*, got 'magic'"):
         toy()()
+    monkeypatch.delenv("ZO_BACKEND")
+    assert toy()() == "fast"
+
+
+def test_no_gradient_no_autograd():
+    """Its kernels are Python behind the dispatcher: as slow as a small layer."""
+
+    def is_off():
+        key = torch._C.DispatchKey.AutogradFunctionality
+        return torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+
+    assert replace(toy(), overload=is_off)() and not is_off()
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.differentiable is None])
+def test_no_gradient_flows_through_an_op_without_a_formula(name):
+    for args in OPS[name].examples():
+        leaves = [
+            a.clone().requires_grad_()
+            if isinstance(a, torch.Tensor) and a.dtype.is_floating_point
+            else a
+            for a in args
+        ]
+        results = OPS[name](*leaves)
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result is None or not result.requires_grad
 
 
 def test_unknown_backend():

@@ -164,6 +164,17 @@ def test_forward_is_the_op():
     assert torch.equal(conv(x), y)
 
 
+def test_what_a_module_holds_may_become_a_parameter():
+    linear = QuantLinear.from_float(nn.Linear(32, 4), absmax, "w8a8")
+    x = torch.randn(3, 32)
+    y = linear(x)
+    linear.scale = nn.Parameter(linear.scale.clone())
+    assert "scale" not in dict(linear.named_buffers())
+    assert torch.equal(linear(x), y)
+    linear(x).sum().backward()
+    assert linear.scale.grad is not None
+
+
 def test_repr_names_shape_and_spec():
     assert repr(QuantLinear(6, 4, bias=False)) == (
         "QuantLinear(in_features=6, out_features=4, bias=False, spec=w8)"

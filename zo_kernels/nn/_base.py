@@ -129,11 +129,20 @@ class QuantModule(nn.Module):
         self.scale = scale.detach().contiguous()
         self.zero_point = None if zero_point is None else zero_point.contiguous()
 
-    def _factored(self, x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor | None]:
-        """x, and what the op multiplies to its channels; the parts of a batch that have factors of
-        their own are multiplied here."""
-        parts = self.in_scales
-        if parts is None or len(x) % len(parts):  # the op refuses such a batch
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """qweight, scale, zero_point, in_scale and bias, from where `nn.Module.__getattr__`
+        finds them, whose search costs more than the checks of a tensor."""
+        held: Any = self._buffers
+        try:
+            codes = held["qweight"], held["scale"], held["zero_point"], held["in_scale"]
+            return *codes, self._parameters["bias"]
+        except KeyError:  # held otherwise, such as a scale that became a parameter
+            return self.qweight, self.scale, self.zero_point, self.in_scale, self.bias
+
+    def _factored(self, x: Tensor, parts: Tensor, per_sample: bool) -> tuple[Tensor, Tensor | None]:
+        """x times the factors that each part of the batch has of its own, and what is left for the
+        op to multiply to its channels."""
+        if len(x) % len(parts):  # the op refuses such a batch
             return x, self.in_scale
         factors = parts.repeat_interleave(len(x) // len(parts), 0)  # [B, inputs]
         between = [1] * (x.dim() - 2)

@@ -117,13 +117,15 @@ class QuantConv2d(QuantModule):
     ) -> Tensor:
         """What stands behind `x` is for callers that know this module: int8 activations with their
         scale [B], what is added to the output, and its dtype; see `zo_kernels.ops.qconv2d`."""
-        x, in_scale = self._factored(x, per_sample=True)
+        qweight, scale, zero_point, in_scale, bias = self._stored()
+        if self.in_scales is not None:
+            x, in_scale = self._factored(x, self.in_scales, per_sample=True)
         return qconv2d(
             x,
-            self.qweight,
-            self.scale,
-            self.zero_point,
-            self.bias,
+            qweight,
+            scale,
+            zero_point,
+            bias,
             kernel_size=self.kernel_size,
             stride=self.stride,
             padding=self.padding,

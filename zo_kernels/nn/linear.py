@@ -65,13 +65,15 @@ class QuantLinear(QuantModule):
     ) -> Tensor:
         """What stands behind `x` is for callers that know this module: int8 activations with their
         scale [...], what is added to the output, and its dtype; see `zo_kernels.ops.qlinear`."""
-        x, in_scale = self._factored(x, per_sample=False)
+        qweight, scale, zero_point, in_scale, bias = self._stored()
+        if self.in_scales is not None:
+            x, in_scale = self._factored(x, self.in_scales, per_sample=False)
         return qlinear(
             x,
-            self.qweight,
-            self.scale,
-            self.zero_point,
-            self.bias,
+            qweight,
+            scale,
+            zero_point,
+            bias,
             bits=self.spec.bits,
             act_bits=self.spec.act_bits,
             x_scale=x_scale,

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from zo_kernels import rng
 from zo_kernels.ops import _updates
-from zo_kernels.packing import packed_shape
+from zo_kernels.packing import packed_sizes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FP32, INT8, UINT8 = (torch.float32,), (torch.int8,), (torch.uint8,)
+FP32, INT8 = (torch.float32,), (torch.int8,)
 INPUTS, RESULTS = (*FLOATS, torch.int8), (None, *FLOATS)
 BITS, ACT_BITS = (8, 4), (16, 8)
 ACTIVATIONS = ("none", "silu", "gelu")
@@ -27,6 +27,16 @@ SCHEMA_TAIL = (
     "SymInt seed=0, SymInt stream=0, SymInt[] draws=[], Tensor? coeffs=None, int headroom=0, "
     "ScalarType? out_dtype=None"
 )
+
+
+KNOWN: dict[str, tuple[object, ...]] = {  # fields of `Call` -> what they may be
+    "bits": BITS,
+    "act_bits": ACT_BITS,
+    "activation": ACTIVATIONS,
+    "perturb": PERTURBATIONS,
+    "kind": rng.KINDS,
+    "out_dtype": RESULTS,
+}
 
 
 class Call(NamedTuple):
@@ -113,15 +123,19 @@ def check_tensor(
     name: str,
     value: Tensor,
     dtypes: Sequence[torch.dtype],
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     device: torch.device,
-    advice: str,
+    advice: str = "",
 ) -> None:
-    """`device` is that of x."""
+    """`device` is that of x; shape None is any."""
     if value.dtype not in dtypes:
         raise TypeError(refusal(op, name, names(dtypes), value.dtype, "cast it"))
-    if value.shape != shape:
+    if shape is not None and value.shape != shape:
         raise ValueError(refusal(op, name, str(list(shape)), f"shape {list(value.shape)}", advice))
+    check_device(op, name, value, device)
+
+
+def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         where = f"on the device of x ({device})"
         raise ValueError(refusal(op, name, where, value.device, "move the module or the input"))
@@ -147,19 +161,13 @@ def check_operands(op: str, call: Call, ok: bool, shape: str) -> None:
 
 def check(call: Call, layer: Layer) -> None:
     """Raise unless the arguments fit each other; the values of tensors are not read."""
-    op, x = layer.op, call.x
-    for name, value, known in (
-        ("bits", call.bits, BITS),
-        ("act_bits", call.act_bits, ACT_BITS),
-        ("activation", call.activation, ACTIVATIONS),
-        ("perturb", call.perturb, PERTURBATIONS),
-        ("kind", call.kind, rng.KINDS),
-        ("out_dtype", call.out_dtype, RESULTS),
-    ):
-        if value not in known:
-            raise ValueError(refusal(op, name, f"one of {known}", repr(value), "choose one"))
-    _check_weight(call, layer)
-    device = x.device
+    op, x, device = layer.op, call.x, call.x.device
+    is_codes = x.dtype == torch.int8
+    for name, known in KNOWN.items():
+        if getattr(call, name) not in known:
+            got = repr(getattr(call, name))
+            raise ValueError(refusal(op, name, f"one of {known}", got, "choose one"))
+    _check_weight(call, layer, device)
     if call.bias is not None:
         advice = "give one value per output channel"
         check_tensor(op, "bias", call.bias, FLOATS, (layer.n,), device, advice)
@@ -173,14 +181,14 @@ def check(call: Call, layer: Layer) -> None:
     if call.residual is not None:
         advice = "give it the shape of the output"
         check_tensor(op, "residual", call.residual, FLOATS, _result(layer), device, advice)
-    if (x.dtype == torch.int8) != (call.x_scale is not None):
+    if is_codes != (call.x_scale is not None):
         got = f"x {x.dtype} {'with' if call.x_scale is not None else 'without'} x_scale"
         advice = "give what quantize_rows returned, or floating x alone"
         raise ValueError(refusal(op, "x_scale", "given where x is int8, else not", got, advice))
-    if x.dtype == torch.int8 and call.in_scale is not None:
+    if is_codes and call.in_scale is not None:
         advice = "give it to quantize_rows"
         raise ValueError(refusal(op, "in_scale", "None where x is int8", "one", advice))
-    if call.is_integer and layer.k > MAX_K:
+    if (is_codes or call.act_bits == 8) and layer.k > MAX_K:
         advice = "use act_bits=16, or split the layer"
         limit = f"at most {MAX_K} where integers are accumulated in 32 bits"
         raise ValueError(refusal(op, "K", limit, layer.k, advice))
@@ -194,21 +202,21 @@ def _result(layer: Layer) -> Sequence[int]:
     return batch, layer.n, *picture
 
 
-def _check_weight(call: Call, layer: Layer) -> None:
-    op, scale = layer.op, call.scale
-    check_tensor(op, "scale", scale, FP32, scale.shape, call.x.device, "")
-    if call.qweight.dtype != torch.uint8:
+def _check_weight(call: Call, layer: Layer, device: torch.device) -> None:
+    op, qweight, scale = layer.op, call.qweight, call.scale
+    check_tensor(op, "scale", scale, FP32, None, device)
+    if qweight.dtype != torch.uint8:
         advice = "give what zo_kernels.packing.pack makes of the codes"
-        raise TypeError(refusal(op, "qweight", "uint8", call.qweight.dtype, advice))
-    shape = packed_shape((layer.n, layer.channels, 1, layer.taps), call.bits)
-    if call.qweight.shape != shape:
+        raise TypeError(refusal(op, "qweight", "uint8", qweight.dtype, advice))
+    shape = packed_sizes(layer.n, layer.taps, layer.channels, call.bits)
+    if qweight.shape != shape:
         codes = f"{layer.n} rows of {layer.taps} * {layer.channels} codes of {call.bits} bits"
         advice = "check which layer x feeds, and that packing.pack of this version made it"
-        requirement, got = f"{list(shape)}, {codes}", f"shape {list(call.qweight.shape)}"
+        requirement, got = f"{list(shape)}, {codes}", f"shape {list(qweight.shape)}"
         raise ValueError(refusal(op, "qweight", requirement, got, advice))
-    check_tensor(op, "qweight", call.qweight, UINT8, shape, call.x.device, "")
-    if not call.qweight.is_contiguous():
-        got = f"strides {call.qweight.stride()}"
+    check_device(op, "qweight", qweight, device)
+    if not qweight.is_contiguous():
+        got = f"strides {qweight.stride()}"
         raise ValueError(refusal(op, "qweight", "contiguous", got, "call .contiguous() once"))
     parts = call.scale_groups
     if parts > 1 and (layer.k % parts or layer.channels % (layer.k // parts)):
@@ -217,7 +225,6 @@ def _check_weight(call: Call, layer: Layer) -> None:
         raise ValueError(refusal(op, "scale", requirement, got, "choose another group size"))
     if call.zero_point is not None:
         advice = "give one zero point for each scale"
-        device = call.x.device
         check_tensor(op, "zero_point", call.zero_point, INT8, scale.shape, device, advice)
 
 

@@ -23,7 +23,9 @@ def supports_quantize_rows(
 ) -> str | None:
     if x.dtype == torch.float64:
         return "not for float64"
-    return _too_many(backend, x[:1].numel() if per_sample else x.numel() // x.shape[-1])
+    if backend != "triton":
+        return None
+    return _too_many(x.numel() // (max(1, x.shape[0]) if per_sample else x.shape[-1]))
 
 
 def supports_rows(backend: str, x: Tensor, *_: object) -> str | None:
@@ -33,7 +35,9 @@ def supports_rows(backend: str, x: Tensor, *_: object) -> str | None:
 def supports_qlinear(backend: str, *args: Any) -> str | None:
     call = Call(*args)
     k = call.x.shape[-1]
-    return _too_many(backend, call.x.numel() // k) or _supports(backend, call, k)
+    if backend == "triton" and (why := _too_many(call.x.numel() // k)) is not None:
+        return why
+    return _supports(backend, call, k)
 
 
 def supports_qconv2d(backend: str, *args: Any) -> str | None:
@@ -42,24 +46,27 @@ def supports_qconv2d(backend: str, *args: Any) -> str | None:
         return "only for groups=1"
     call = Call(*args[:5], *args[10:])
     batch, channels, height, width = call.x.shape
-    rows = batch * (height + 2 * padding[0]) * (width + 2 * padding[1])
-    most = max(rows, call.x[:1].numel())
-    k = channels * kernel_size[0] * kernel_size[1]
-    return _too_many(backend, most) or _supports(backend, call, k)
+    if backend == "triton":
+        rows = batch * (height + 2 * padding[0]) * (width + 2 * padding[1])
+        if (why := _too_many(max(rows, call.x.numel() // max(1, batch)))) is not None:
+            return why
+    return _supports(backend, call, channels * kernel_size[0] * kernel_size[1])
 
 
-def _too_many(backend: str, count: int) -> str | None:
-    if backend == "triton" and count > MOST_ROWS:
+def _too_many(count: int) -> str | None:
+    if count > MOST_ROWS:
         return "only for less than 2^31 rows, or elements of a picture"
     return None
 
 
 def _supports(backend: str, call: Call, k: int) -> str | None:
-    floats = (call.x, call.bias, call.residual)
-    dtypes = {call.result_dtype, *(t.dtype for t in floats if t is not None)}
-    if torch.float64 in dtypes:
+    if call.out_dtype == torch.float64:
         return "not for float64"
-    if call.scale_groups > 1 and k // call.scale_groups % GROUP_STEP[backend]:
+    for floats in (call.x, call.bias, call.residual):
+        if floats is not None and floats.dtype == torch.float64:
+            return "not for float64"
+    groups = call.scale_groups
+    if groups > 1 and k // groups % GROUP_STEP[backend]:
         return f"only for groups of a multiple of {GROUP_STEP[backend]} codes"
     return None
 

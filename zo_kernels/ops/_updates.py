@@ -156,8 +156,10 @@ def examples() -> Iterator[tuple[list[Tensor], list[int], int, list[int], Tensor
 
 def int64(op: str, name: str, value: int) -> int:
     """The same 64 bits as the signed number that the dispatcher takes."""
-    require(op, -(2**63) <= value < 2**64, name, "64-bit", value, "take it modulo 2^64")
-    return value - 2**64 if value >= 2**63 else value
+    if -(2**63) <= value < 2**63:
+        return value
+    require(op, 0 <= value < 2**64, name, "64-bit", value, "take it modulo 2^64")
+    return value - 2**64
 
 
 def float32(op: str, name: str, values: Sequence[float]) -> Tensor:

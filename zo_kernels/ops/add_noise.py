@@ -71,7 +71,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def add_noise_(
     params: Sequence[Tensor],
     streams: Sequence[int],

@@ -59,7 +59,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def geglu_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows(value * gelu(gate))` with gelu by erf, without the floats between.
 

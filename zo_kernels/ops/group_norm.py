@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zo_kernels._registry import define
@@ -42,7 +41,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def group_norm(
     x: Tensor,
     groups: int,

@@ -47,7 +47,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def group_norm_quantize(
     x: Tensor,
     groups: int,

@@ -74,7 +74,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def layer_norm_quantize(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def qattention(
     query: Tensor, key: Tensor, value: Tensor, heads: int, *, scale: float | None = None
 ) -> Tensor:

@@ -37,10 +37,14 @@ class Geometry(NamedTuple):
     dilation: Sequence[int] = (1, 1)
     groups: int = 1
 
-    def output_size(self, size: Sequence[int]) -> list[int]:
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """H', W' for a picture of H, W."""
-        axes = zip(size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
-        return [(n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, step, pad, gap in axes]
+        (height, width), (kh, kw), (down, right) = size, self.kernel_size, self.stride
+        (above, beside), (apart, aside) = self.padding, self.dilation
+        return (
+            (height + 2 * above - apart * (kh - 1) - 1) // down + 1,
+            (width + 2 * beside - aside * (kw - 1) - 1) // right + 1,
+        )
 
 
 def _split(args: Sequence[Any]) -> tuple[Call, Geometry]:
@@ -55,20 +59,20 @@ def _layer(call: Call, geometry: Geometry) -> Layer:
 
 
 def _check(call: Call, geometry: Geometry) -> None:
-    op, x, groups = "qconv2d", call.x, geometry.groups
-    _quantized.check_operands(op, call, x.dim() == 4 and x.shape[1] > 0, "[B, C, H, W]")
+    op, shape, groups = "qconv2d", call.x.shape, geometry.groups
+    _quantized.check_operands(op, call, len(shape) == 4 and shape[1] > 0, "[B, C, H, W]")
     for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
         pair = getattr(geometry, name)
         if min(pair) < least:
             requirement, advice = f"at least {least}", "copy it from the float layer"
             raise ValueError(refusal(op, name, requirement, tuple(pair), advice))
-    outputs, inputs = call.scale.shape[0], x.shape[1]
+    outputs, inputs = call.scale.shape[0], shape[1]
     if groups < 1 or outputs % groups or inputs % groups:
         requirement = f"positive and divide {inputs} input and {outputs} output channels"
         raise ValueError(refusal(op, "groups", requirement, groups, "copy it from the float layer"))
     for axis, size, pad, gap, kernel in zip(
         ("high", "wide"),
-        *(x.shape[2:], geometry.padding, geometry.dilation, geometry.kernel_size),
+        *(shape[2:], geometry.padding, geometry.dilation, geometry.kernel_size),
         strict=True,
     ):
         span = gap * (kernel - 1) + 1

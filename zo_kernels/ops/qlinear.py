@@ -31,13 +31,14 @@ SCHEMA = (
 
 
 def _layer(call: Call) -> Layer:
-    lead, k = call.x.shape[:-1], call.x.shape[-1]
-    return Layer("qlinear", call.scale.shape[0], 1, k, lead, k, per_sample=False)
+    shape = call.x.shape
+    k = shape[-1]
+    return Layer("qlinear", call.scale.shape[0], 1, k, shape[:-1], k, per_sample=False)
 
 
 def _check(call: Call) -> None:
-    x = call.x
-    _quantized.check_operands("qlinear", call, x.dim() > 0 and x.shape[-1] > 0, "[..., K]")
+    shape = call.x.shape
+    _quantized.check_operands("qlinear", call, len(shape) > 0 and shape[-1] > 0, "[..., K]")
     _quantized.check(call, _layer(call))
 
 

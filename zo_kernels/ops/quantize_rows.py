@@ -96,7 +96,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def quantize_rows(
     x: Tensor, per_sample: bool = False, in_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def zo_adam_(
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],

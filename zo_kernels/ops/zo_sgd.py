@@ -79,7 +79,6 @@ _op = define(
 )
 
 
-@torch.no_grad()
 def zo_sgd_(
     params: Sequence[Tensor],
     buffers: Sequence[Tensor] | None,
