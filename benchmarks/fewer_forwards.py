@@ -163,6 +163,7 @@ def run(jobs: Sequence[Job], model: str, judge: Judge) -> list[list[dict[str, fl
                 train_data_dir=str(job.subject.write(Path(folder) / str(i))),
                 placeholder_token=f"<subject-{i}>",
                 initializer_token=job.subject.word,
+                device="cpu",
                 seed=job.seed,
                 **options,
             )

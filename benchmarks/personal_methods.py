@@ -87,17 +87,19 @@ class Method:
 
 
 def make_config(options: dict[str, Any], **more: Any) -> RunConfig:
-    """The config of `options`, whose "command" is the subcommand of ``persona``."""
+    """The config of `options`, whose "command" is the subcommand of ``persona``; on the CPU,
+    where rows count its seconds."""
     given = dict(options)
     command = COMMANDS[given.pop("command")]
     ti = command.config is TextualInversionConfig
     given["placeholder_token"] = TOKEN if ti else RARE_WORD
-    return command.config(**given | more)
+    return command.config(**given | {"device": "cpu"} | more)
 
 
 def untrained(options: dict[str, Any], job: Job) -> Learned:
     """The control: the class word itself."""
-    family = load_base(RunConfig(pretrained_model_name_or_path=job.model, **options))
+    config = RunConfig(pretrained_model_name_or_path=job.model, device="cpu", **options)
+    family = load_base(config)
     return Learned(family, job.subject.word, 0, 0, 0)
 
 

@@ -2,6 +2,7 @@
 """The frozen model of a run, as its options say: loaded, checked, quantized."""
 
 from persona.config import RunConfig
+from persona.device import chosen
 from persona.embedding import halve_embeddings_
 from persona.errors import UserError
 from persona.families import StableDiffusion, load_pipeline
@@ -11,14 +12,20 @@ GROUP = 64  # inputs that share a scale of 4-bit weights
 
 
 def load_base(config: RunConfig) -> StableDiffusion:
-    """The model that ``config`` names, its weights held as it says.
+    """The model that ``config`` names, its weights held as it says, on its device.
+
+    Weights become integers on the CPU: they are the same for every device, which never has to hold
+    the floats.
 
     Raises:
-        UserError: the model cannot be loaded, or does not allow the resolution or the timesteps.
+        UserError: there is no such device; the model cannot be loaded, or does not allow the
+            resolution or the timesteps.
     """
+    device = chosen(config.device)
     family = StableDiffusion(load_pipeline(config.pretrained_model_name_or_path))
     check_model(config, family)
     quantize(config, family)
+    family.pipe.to(device)
     return family
 
 

@@ -50,6 +50,11 @@ class RunConfig:
         "what an integer base multiplies; int8 is faster, and coarser",
         choices=("float", "int8"),
     )
+    device: str = option(
+        "auto",
+        "what the model computes on: cpu, cuda, cuda:N; auto: cuda where there is one, else cpu",
+        may_change=True,
+    )
     min_timestep: int = option(0, "lowest timestep of training")
     max_timestep: int = option(1000, "highest timestep of training, exclusive")
     seed: int = option(0, "of everything random")

@@ -112,11 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"))
     parser.add_argument("--max_train_steps", type=int, default=160)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
     try:
         make_folder(args.output_dir)
         scorer = Scorer.default()
-        overrides = {"max_train_steps": args.max_train_steps}
+        overrides = {"max_train_steps": args.max_train_steps, "device": args.device}
         runs = [run(seed, args.output_dir, scorer, overrides) for seed in args.seed]
         sheet = args.output_dir / "grid.png"
         write_image(sheet, _grid(runs))

@@ -158,6 +158,7 @@ def short_run(model_folder, pictures_folder, tmp_path):
         "train_data_dir": str(pictures_folder),
         "output_dir": str(tmp_path / "out"),
         "initializer_token": "toy",
+        "device": "cpu",
         "max_train_steps": 6,
         "num_validation_images": 0,
         "num_inference_steps": 2,

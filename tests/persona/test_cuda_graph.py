@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
+from elsewhere import Waits
 from safetensors import safe_open
 from tape import TapedGraph
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from persona.cli import main
 from persona.config import TextualInversionConfig
@@ -147,27 +147,6 @@ def test_another_device_is_refused(fresh_pipeline):
 def test_command(command, tmp_path):
     assert main(command(cuda_graph=True, max_train_steps=2)) == 0
     assert (tmp_path / "out" / "learned_embeds.safetensors").exists()
-
-
-class Waits(TorchDispatchMode):
-    """What the host waits for, where the meta device stands for a GPU: copies from it, and copies
-    to it that are not asked to go on. A number or a size that is read there is an error."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not torch.ops.aten._to_copy.default:
-            return func(*args, **kwargs)
-        x, target = args[0], torch.device(kwargs.get("device") or args[0].device)
-        if x.is_meta and target.type != "meta":
-            self.found.append("from")
-            return torch.zeros(x.shape, dtype=x.dtype)
-        if not x.is_meta and target.type == "meta" and not kwargs.get("non_blocking"):
-            self.found.append("to")
-        return func(*args, **kwargs)
 
 
 def test_the_host_waits_once_for_a_token(options, make_method):

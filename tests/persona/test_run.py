@@ -17,6 +17,7 @@ from zo_kernels.quant import QuantConfig
 
 QUICK = {
     **RECIPE,
+    "device": "cpu",
     "zo_n": 2,
     "zo_tau": 3,
     "train_batch_size": 1,
