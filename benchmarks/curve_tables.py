@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts
-from benchmarks.personal_tables import read_rows
+from benchmarks.personal_tables import read_rows, with_error
 from benchmarks.timing import machine
 from persona.files import write_image, write_json
 
@@ -88,19 +88,16 @@ def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
             if estimator == name != "paper" and ("paper", *pair) in last
         ]
         if pairs:
-            cells = [_difference(pairs, figure) for figure in ("trained_loss", "held_out_loss")]
+            cells = [
+                with_error([own[figure] - paper[figure] for own, paper in pairs], 4)
+                for figure in ("trained_loss", "held_out_loss")
+            ]
             lines.append([name, len(pairs), *cells])
     return {
         "title": "Difference to the paper's on the same subjects and seeds, +- standard error",
         "columns": ["estimator", "pairs", "trained loss", "held-out loss"],
         "rows": lines,
     }
-
-
-def _difference(pairs: Sequence[tuple[dict[str, float], dict[str, float]]], figure: str) -> str:
-    by = [a[figure] - b[figure] for a, b in pairs]
-    error = f" +- {statistics.stdev(by) / len(by) ** 0.5:.4f}" if len(by) > 1 else ""
-    return f"{statistics.mean(by):+.4f}{error}"
 
 
 def _final(rows: Sequence[dict[str, Any]], figure: str) -> str:

@@ -103,14 +103,22 @@ def gains(rows: Sequence[dict[str, Any]], titles: dict[str, str], to: str) -> di
             if not means:
                 cells.append("-")
                 continue
-            error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-            cells.append(f"{statistics.mean(means):+.3f}" + (f" +- {error:.3f}" if error else ""))
+            cells.append(with_error(means, 3))
         lines.append([title, len(own), *cells])
     return {
         "title": f"Difference to {titles[to]} on the same subjects and seeds, +- standard error",
         "columns": ["method", "pairs", *(COLUMNS[f] for f in figures)],
         "rows": lines,
     }
+
+
+def with_error(differences: Sequence[float], digits: int) -> str:
+    """Mean, its sign shown, and the standard error where there are several: "+0.012 +- 0.003"."""
+    mean = f"{statistics.mean(differences):+.{digits}f}"
+    if len(differences) == 1:
+        return mean
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean} +- {error:.{digits}f}"
 
 
 def _cell(rows: Sequence[dict[str, Any]], figure: str) -> str:

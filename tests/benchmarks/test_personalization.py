@@ -157,6 +157,12 @@ def test_a_row_is_made_once(command):
     assert command.trained[-1][2] == {"max_train_steps": 400}
 
 
+def test_a_mean_with_its_standard_error():
+    assert personal_tables.with_error([0.0104], 3) == "+0.010"
+    assert personal_tables.with_error([-0.25, -0.25], 4) == "-0.2500 +- 0.0000"
+    assert personal_tables.with_error([0.0, 0.01, 0.02], 4) == f"+0.0100 +- {0.01 / 3**0.5:.4f}"
+
+
 def test_tables_and_grid(command):
     assert command("--seeds", "0,1,2", "--methods", "base,other") == 0
     text = section(command.out.with_suffix(".json"))
