@@ -116,10 +116,12 @@ def can_fuse_block(block: Any) -> bool:
 
 
 def _runs_on_codes(block: Any) -> bool:
-    layers = [block.ff.net[0].proj, block.ff.net[2]]
+    gate, _, project_out = block.ff.net  # an index into it takes longer than all three
+    layers = [gate.proj, project_out]
     for attn in (block.attn1, block.attn2):
         if attn is not None:
-            layers += [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
+            project_out, _ = attn.to_out
+            layers += [attn.to_q, attn.to_k, attn.to_v, project_out]
             if not isinstance(attn.processor, AttnProcessor2_0):
                 return False
     return all(_takes_codes(layer) for layer in layers)
@@ -146,7 +148,9 @@ def _transform_codes(block: Any, x: Tensor, context: Tensor | None) -> Tensor:
 
 def _parts(x: Tensor, ff: Any) -> tuple[Tensor, ...]:
     """x [B, M, d] in parts of its tokens, for which the floats within `ff` stay small."""
-    return x.split(max(1, _GATE_VALUES // max(1, len(x) * ff.net[0].proj.out_features)), dim=1)
+    gate, _, _ = ff.net
+    size = max(1, _GATE_VALUES // max(1, len(x) * gate.proj.out_features))
+    return (x,) if x.shape[1] <= size else x.split(size, dim=1)
 
 
 def _feed_forward(ff: Any, norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -175,7 +179,8 @@ def _attention(attn: Any, norm: nn.LayerNorm, x: Tensor, context: Tensor | None 
     key, value = (
         layer(codes, x_scale=scale, out_dtype=x.dtype) for layer in (attn.to_k, attn.to_v)
     )
-    return attn.to_out[0](qattention(query, key, value, attn.heads), residual=x)
+    project_out, _ = attn.to_out
+    return project_out(qattention(query, key, value, attn.heads), residual=x)
 
 
 def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Op:
         for backend in self.backends:
             if backend.device != kind:
                 continue
-            why = backend.reason(kind, args)
+            why = backend.available() or backend.supports(*args)
             if why is None:
                 return backend.name
             if not torch.compiler.is_compiling():

@@ -47,6 +47,9 @@ class Geometry(NamedTuple):
         )
 
 
+LEAST = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+
+
 def _split(args: Sequence[Any]) -> tuple[Call, Geometry]:
     return Call(*args[:5], *args[10:]), Geometry(*args[5:10])
 
@@ -61,8 +64,7 @@ def _layer(call: Call, geometry: Geometry) -> Layer:
 def _check(call: Call, geometry: Geometry) -> None:
     op, shape, groups = "qconv2d", call.x.shape, geometry.groups
     _quantized.check_operands(op, call, len(shape) == 4 and shape[1] > 0, "[B, C, H, W]")
-    for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-        pair = getattr(geometry, name)
+    for (name, least), pair in zip(LEAST.items(), geometry[:4], strict=True):
         if min(pair) < least:
             requirement, advice = f"at least {least}", "copy it from the float layer"
             raise ValueError(refusal(op, name, requirement, tuple(pair), advice))
