@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
+
+from zo_kernels.quant.convert import model_bytes
 
 T = TypeVar("T")
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+SMALL = 1 << 26  # bytes of a UNet below which `keep_blocks_of_small` acts
 _earlier: dict[str, int] = {}  # device -> highest point before the last `peak_of`
 
 
@@ -44,17 +48,33 @@ def give_back_large_blocks() -> None:
     By default glibc soon keeps them, for speed, in a heap that fragments: a forward pass then holds
     more than its activations need. The price is that new pages are mapped again and again. Blocks
     of a small picture's size (8 x 8 latents of 1280 channels) are among those that fragment.
+    `keep_blocks_of_small` takes it back where it costs more than it brings.
     """
+    _mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+
+
+def keep_blocks_of_small(unet: nn.Module) -> None:
+    """Where a UNet has less than `SMALL` bytes, let glibc keep freed blocks up to 32 MiB again, as
+    it does by default after the first large ones; to be called when all is loaded.
+
+    What a forward pass of so small a model leaves in the heap is little, and `trim` gives it back;
+    new pages for each activation would take a good part of its time.
+    """
+    if model_bytes(unet) < SMALL:
+        _mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that glibc takes
+        _mallopt(_M_TRIM_THRESHOLD, 1 << 26)  # or the top of the heap would go back at each free
+
+
+def _mallopt(parameter: int, value: int) -> None:
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def trim() -> None:
     """Give freed memory back to the system, where the C library can (glibc); elsewhere do nothing.
 
     glibc keeps what a forward pass frees, in pieces that the next one fits only in part: without
-    this a run on the CPU grows from forward to forward. The price is that of
-    `give_back_large_blocks`.
+    this a run on the CPU grows from forward to forward.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -22,7 +22,7 @@ from persona.data import Example, load_folder
 from persona.errors import UserError
 from persona.families import StableDiffusion
 from persona.files import make_folder, write_image, write_json
-from persona.memory import give_back_large_blocks, human, peak_bytes
+from persona.memory import give_back_large_blocks, human, keep_blocks_of_small, peak_bytes
 from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
@@ -91,6 +91,7 @@ def train(
 
     give_back_large_blocks()
     family = load_base(config)
+    keep_blocks_of_small(family.pipe.unet)
     examples = load_folder(
         Path(config.train_data_dir),
         resolution=config.resolution or family.resolution,

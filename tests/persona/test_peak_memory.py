@@ -44,5 +44,28 @@ def test_freed_blocks_between_lasting_ones_go_back():
     assert float(done.stdout) > 90
 
 
+FAULTS = """
+import resource
+import sys
+import torch
+from persona.memory import give_back_large_blocks, keep_blocks_of_small
+give_back_large_blocks()
+keep_blocks_of_small(torch.nn.Linear(1024, int(sys.argv[1]), device="meta"))
+torch.ones(2**18)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    torch.ones(2**18)  # 256 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc, and counts pages")
+@pytest.mark.parametrize(("outputs", "kept"), [(8 * 1024, True), (32 * 1024, False)])
+def test_pages_are_mapped_anew_for_large_models_only(outputs, kept):
+    command = [sys.executable, "-c", FAULTS, str(outputs)]  # a UNet of 32 or 128 MiB
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) == kept
+
+
 def test_sizes_are_read_by_people():
     assert [human(s) for s in (12, 1536, 5 * MIB)] == ["12 B", "1.5 KiB", "5.0 MiB"]
