@@ -4,8 +4,8 @@
 import ctypes
 import resource
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from zo_kernels.quant.convert import model_bytes
 
 T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-SMALL = 1 << 26  # bytes of a UNet below which `keep_blocks_of_small` acts
+SMALL = 1 << 26  # bytes of a UNet below which `blocks_of_small_kept` acts
 _earlier: dict[str, int] = {}  # device -> highest point before the last `peak_of`
 
 
@@ -48,21 +48,31 @@ def give_back_large_blocks() -> None:
     By default glibc soon keeps them, for speed, in a heap that fragments: a forward pass then holds
     more than its activations need. The price is that new pages are mapped again and again. Blocks
     of a small picture's size (8 x 8 latents of 1280 channels) are among those that fragment.
-    `keep_blocks_of_small` takes it back where it costs more than it brings.
+    `blocks_of_small_kept` is for where it costs more than it brings.
     """
     _mallopt(_M_MMAP_THRESHOLD, 1 << 18)
 
 
-def keep_blocks_of_small(unet: nn.Module) -> None:
-    """Where a UNet has less than `SMALL` bytes, let glibc keep freed blocks up to 32 MiB again, as
-    it does by default after the first large ones; to be called when all is loaded.
+@contextmanager
+def blocks_of_small_kept(unet: nn.Module) -> Iterator[None]:
+    """Within the block, where a UNet has less than `SMALL` bytes, glibc keeps freed blocks up to
+    32 MiB again, as it does by default after the first large ones; then `give_back_large_blocks`.
 
-    What a forward pass of so small a model leaves in the heap is little, and `trim` gives it back;
-    new pages for each activation would take a good part of its time.
+    For training: what a forward pass of so small a model leaves in the heap is little, and `trim`
+    gives it back; new pages for each activation would take a good part of its time. Pictures, whose
+    VAE has larger activations, are better drawn outside.
     """
-    if model_bytes(unet) < SMALL:
+    small = model_bytes(unet) < SMALL
+    if small:
         _mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that glibc takes
         _mallopt(_M_TRIM_THRESHOLD, 1 << 26)  # or the top of the heap would go back at each free
+    try:
+        yield
+    finally:
+        if small:
+            _mallopt(_M_TRIM_THRESHOLD, 1 << 17)  # glibc's default
+            give_back_large_blocks()
+            trim()
 
 
 def _mallopt(parameter: int, value: int) -> None:

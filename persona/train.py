@@ -22,7 +22,7 @@ from persona.data import Example, load_folder
 from persona.errors import UserError
 from persona.families import StableDiffusion
 from persona.files import make_folder, write_image, write_json
-from persona.memory import give_back_large_blocks, human, keep_blocks_of_small, peak_bytes
+from persona.memory import blocks_of_small_kept, give_back_large_blocks, human, peak_bytes
 from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
@@ -91,7 +91,6 @@ def train(
 
     give_back_large_blocks()
     family = load_base(config)
-    keep_blocks_of_small(family.pipe.unet)
     examples = load_folder(
         Path(config.train_data_dir),
         resolution=config.resolution or family.resolution,
@@ -109,7 +108,8 @@ def train(
         del vae
     write_json(config.output / "config.json", dataclasses.asdict(config) | _versions())
     started = time.monotonic()
-    _train(method, config, checkpoint_file, progress)
+    with blocks_of_small_kept(family.pipe.unet):
+        _train(method, config, checkpoint_file, progress)
     seconds = time.monotonic() - started
 
     saved = method.save(config.output)
