@@ -43,6 +43,7 @@ COLUMNS = {  # figure -> what the table calls it
     "cpu_seconds": "CPU seconds",
     "bytes": "bytes",
 }
+COMPARED = ("base", "ti-backprop")  # what each method is held against, where it has rows
 COUNTS = ("forwards", "backwards", "cpu_seconds", "bytes")  # a mean says it all
 
 
@@ -140,8 +141,9 @@ def write(
 ) -> None:
     """The tables of `rows`, as JSON beside the file `out` that has them."""
     tables = [summary(rows, titles)]
-    if any(row["method"] == "base" for row in rows):
-        tables.append(gains(rows, titles, "base"))
+    for other in COMPARED:
+        if any(row["method"] == other for row in rows):
+            tables.append(gains(rows, titles, other))
     named = ", ".join(f"{name} ({kind}s)" for kind, name in encoders.items())
     content = {
         "title": "Personalization, method by method",
