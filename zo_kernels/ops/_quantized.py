@@ -191,7 +191,7 @@ def check(call: Call, layer: Layer) -> None:
     if is_codes and call.in_scale is not None:
         advice = "give it to quantize_rows"
         raise ValueError(refusal(op, "in_scale", "None where x is int8", "one", advice))
-    if (is_codes or call.act_bits == 8) and layer.k > MAX_K:
+    if call.is_integer and layer.k > MAX_K:
         advice = "use act_bits=16, or split the layer"
         limit = f"at most {MAX_K} where integers are accumulated in 32 bits"
         raise ValueError(refusal(op, "K", limit, layer.k, advice))
