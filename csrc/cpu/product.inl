@@ -67,6 +67,11 @@ inline const uint8_t* vector_at(const void* b, int64_t panel_stride, int vector,
   return static_cast<const uint8_t*>(b) + vector / kPanelVectors * panel_stride + vector % kPanelVectors * bytes;
 }
 
+template <class A, int N>
+ZO_INLINE inline void aim_weights(const Visit<A>& v, int64_t tap, int vector, const uint8_t* (&b)[N]) {
+  each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
+}
+
 // What makes the sums of lanes those of codes: minus the lanes' zeros times the sum of the row.
 template <class L, int R, int N>
 ZO_INLINE inline void start_at(U (&acc)[R][N], const int32_t* sums, const int32_t* zero) {
@@ -153,7 +158,7 @@ struct Integers {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
+      aim_weights(v, tap, vector, b);
       add_products<L>(acc, a, b, v.steps * 4 / kStepChannels<L>);
     }
     each<R>([&](auto i) ZO_INLINE {
@@ -177,7 +182,7 @@ struct Groups {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
+      aim_weights(v, tap, vector, b);
       for (int64_t g = 0; g < v.groups; ++g) {
         U acc[R][N];
         start_at<L>(acc, sums, zero);
@@ -215,7 +220,7 @@ struct Floats {
       const A* a[R];
       aim(v, tap, row, a);
       const uint8_t* b[N];
-      each<N>([&](auto j) ZO_INLINE { b[j] = vector_at(v.b, v.panel_stride, vector + j, 4 * W) + tap * v.tap_stride; });
+      aim_weights(v, tap, vector, b);
       add_products(acc, a, b, v.steps);
     }
     each<R>([&](auto i) ZO_INLINE {
