@@ -32,7 +32,7 @@ def reason_not_to_build() -> str | None:
             )
     torch = importlib.util.find_spec("torch")
     if not any((Path(p) / STABLE_ABI).exists() for p in torch.submodule_search_locations):
-        return f"torch has no {STABLE_ABI} (2.10 or newer does)"
+        return f"torch has no {STABLE_ABI} (2.11 or newer does)"
     return None
 
 

@@ -8,6 +8,7 @@
 #include <array>
 
 #include "cpu/isa.h"
+#include "cpu/pool.h"
 #include "cpu/update.h"
 
 namespace py = pybind11;
@@ -86,6 +87,10 @@ PYBIND11_MODULE(_C, m) {
   }, "The instruction sets that this machine and this build have, slowest first.");
   m.def("set_isa", &zo::cpu::set_isa, py::arg("name"),
         "Use this instruction set from now on; ValueError with the reason if it cannot run.");
+  m.def("pool_use", [] {
+    const zo::cpu::PoolUse use = zo::cpu::pool_use();
+    return py::dict(py::arg("mapped") = use.mapped, py::arg("taken") = use.taken);
+  }, "Bytes of the pool of large outputs: those that it has of the system, and those that tensors have of it.");
   m.def(
       "philox",
       [](std::array<uint32_t, 4> counter, const py::int_& key) {

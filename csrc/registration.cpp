@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas are owned by zo_kernels/ops; here are the CPU kernels behind them, against libtorch's stable
-// ABI, so that one build serves every torch >= 2.10.
+// ABI, so that one build serves every torch >= 2.11.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"

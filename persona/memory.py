@@ -46,8 +46,9 @@ def give_back_large_blocks() -> None:
     library can (glibc); elsewhere do nothing.
 
     By default glibc soon keeps them, for speed, in a heap that fragments: a forward pass then holds
-    more than its activations need. The price is that new pages are mapped again and again. Blocks
-    of a small picture's size (8 x 8 latents of 1280 channels) are among those that fragment.
+    more than its activations need. The price is that new pages are mapped again and again, but not
+    for the ops of zo_kernels: their outputs have a pool of their own. Blocks of a small picture's
+    size (8 x 8 latents of 1280 channels) are among those that fragment.
     `blocks_of_small_kept` is for where it costs more than it brings.
     """
     _mallopt(_M_MMAP_THRESHOLD, 1 << 18)

@@ -9,7 +9,9 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <vector>
 
+#include "cpu/pool.h"
 #include "cpu/product.h"
 
 namespace zo::cpu {
@@ -30,6 +32,20 @@ inline Dtype dtype_of(const std::string& op, const char* name, const torch::stab
 
 inline Activation activation_of(const std::string& name) {
   return name == "silu" ? Activation::silu : name == "gelu" ? Activation::gelu : Activation::none;
+}
+
+// An output of an op: contiguous, on the CPU, not written yet. Large ones have a block of the pool.
+inline torch::stable::Tensor new_output(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                                        torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const int64_t value_bytes = dtype == ScalarType::Char ? 1 : half ? 2 : dtype == ScalarType::Float ? 4 : 0;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
+  void* block = count * value_bytes < kLarge ? nullptr : take_block(count * value_bytes);
+  if (block == nullptr) return torch::stable::new_empty(like, sizes, dtype);
+  return torch::stable::from_blob(block, sizes, strides, like.device(), dtype, give_block);
 }
 
 inline torch::stable::Tensor floats(const torch::stable::Tensor& t) {

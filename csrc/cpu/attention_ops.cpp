@@ -19,7 +19,7 @@ Tensor qattention(Tensor query, Tensor key, Tensor value, int64_t heads, double 
                       q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                   "qattention: query must be [B, M, heads * D], key and value [B, L, heads * D] of its dtype, got others; ",
                   "call zo_kernels.ops.qattention");
-  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor out = new_output(q, q.sizes(), q.scalar_type());
   if (out.numel() == 0) return out;
   Attention a{};
   a.dtype = dtype_of("qattention", "query", q);

@@ -120,7 +120,7 @@ Tensor group_norm(Tensor x, int64_t groups, MaybeTensor weight, MaybeTensor bias
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "group_norm: x must be [B, C, H, W] on the CPU, got ", x.dim(),
                   " dimensions; call zo_kernels.ops.group_norm");
   const Tensor pixels = pixels_last(x);
-  Tensor out = torch::stable::new_empty(pixels, pixels.sizes());
+  Tensor out = new_output(pixels, pixels.sizes(), pixels.scalar_type());
   if (out.numel() == 0) return channels_first(out);
   const Norms norms("group_norm", pixels, groups, weight, bias, eps, shift, activation);
   const Dtype dtype = dtype_of("group_norm", "x", out);
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> group_norm_quantize(Tensor x, int64_t groups, MaybeTe
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "group_norm_quantize: x must be [B, C, H, W] on the CPU, got ", x.dim(),
                   " dimensions; call zo_kernels.ops.group_norm_quantize");
   const Tensor pixels = pixels_last(x);
-  Tensor codes = torch::stable::new_empty(pixels, pixels.sizes(), ScalarType::Char);
+  Tensor codes = new_output(pixels, pixels.sizes(), ScalarType::Char);
   Tensor scale = torch::stable::new_empty(pixels, {pixels.size(0)}, ScalarType::Float);
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   if (codes.numel() == 0) {
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor> quantize_each_row(const std::string& op, const Tensor
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = channels;
   const std::vector<int64_t> lead(shape.begin(), shape.end() - 1);
-  Tensor codes = torch::stable::new_empty(x, shape, ScalarType::Char);
+  Tensor codes = new_output(x, shape, ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, lead, ScalarType::Float);
   if (codes.numel() == 0) return {codes, scale};
   r.x = x.const_data_ptr();

@@ -109,7 +109,7 @@ Tensor multiply_layer(const Layer& l, const Tensor& x, const MaybeTensor& residu
 
   // The output.
   const ScalarType result = l.out_dtype.value_or(x.scalar_type() == ScalarType::Char ? ScalarType::Float : x.scalar_type());
-  Tensor out = torch::stable::new_empty(l.scale, out_shape, result);
+  Tensor out = new_output(l.scale, out_shape, result);
   if (out.numel() == 0) return out;
   p.out = out.mutable_data_ptr();
   p.out_dtype = dtype_of(l.op, "out_dtype", out);
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor x, bool per_sample, MaybeTensor 
   const int64_t channels = pixels.size(pixels.dim() - 1);
   std::vector<int64_t> lead(pixels.sizes().begin(), pixels.sizes().end() - 1);
   if (per_sample) lead.resize(1);
-  Tensor codes = torch::stable::new_empty(x, pixels.sizes(), ScalarType::Char);
+  Tensor codes = new_output(x, pixels.sizes(), ScalarType::Char);
   Tensor scale = torch::stable::new_empty(x, lead, ScalarType::Float);
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   if (pixels.numel() == 0) {

@@ -190,7 +190,7 @@ def test_the_binding_needs_no_torch():
 def test_build_info():
     info = C.build_info()
     assert set(info) == {"compiler", "flags", "torch", "torch_target"}
-    assert info["torch_target"] == "2.10"
+    assert info["torch_target"] == "2.11"
     assert "-ffp-contract=off" in info["flags"]
 
 
