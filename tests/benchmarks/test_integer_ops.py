@@ -73,6 +73,16 @@ def test_noise_moves_the_codes():
     assert not torch.equal(pair[0], plain)
 
 
+def test_shares_are_of_the_best_peak_of_all_rounds():
+    best = peak.operations("int8", 2) / 1e9  # TOPS of a loop that takes 1 ms
+    groups = [
+        {"rows": [{"name": integer_ops.PEAK, "min_ms": ms, "tops": best / 3}]} for ms in (2.0, 1.0)
+    ]
+    assert integer_ops.share_of_best(groups, best / 2, 2) == pytest.approx(best)
+    assert groups[0]["rows"][0]["of_peak"] == pytest.approx(1 / 3)
+    assert integer_ops.share_of_best([], 0.5, 2) == 0.5
+
+
 @pytest.mark.skipif(peak.unavailable() is not None, reason=str(peak.unavailable()))
 def test_peak_runs():
     for loop in peak.loops(1).values():
