@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive CMake; without a compiler, or with ZO_KERNELS_BUILD=0, install the pure-Python package."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -13,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-STABLE_ABI = "include/torch/csrc/stable/ops.h"
+OLDEST_TORCH = (2, 11)  # its stable ABI makes tensors of memory with a deleter
 # CMake and Ninja may be packages of this environment, which need not be activated.
 SEARCH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
@@ -30,9 +31,9 @@ def reason_not_to_build() -> str | None:
             return (
                 f"{module} not installed (use --no-build-isolation in an environment that has it)"
             )
-    torch = importlib.util.find_spec("torch")
-    if not any((Path(p) / STABLE_ABI).exists() for p in torch.submodule_search_locations):
-        return f"torch has no {STABLE_ABI} (2.11 or newer does)"
+    torch = importlib.metadata.version("torch")
+    if tuple(map(int, torch.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch is {torch}, older than {'.'.join(map(str, OLDEST_TORCH))}"
     return None
 
 
