@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory of large outputs: pages that one layer's output had serve the next one's.
 //
-// malloc either maps such blocks anew each time, and the faults of their pages take a quarter of a forward pass of
-// Stable Diffusion 1.5's UNet, or keeps them among all others in a heap that fragments: 61 MiB of activations then hold
-// 500. Here they lie apart from smaller and longer-lived blocks.
+// malloc either maps such blocks anew each time, and the faults of their pages take a good part of a forward pass, or
+// keeps them among all others in a heap that fragments: it then holds several times what is alive. Here they lie apart
+// from smaller and longer-lived blocks.
 #pragma once
 
 #include <cstdint>
