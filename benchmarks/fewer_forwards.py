@@ -50,6 +50,7 @@ TIMES = 8  # fixed timesteps
 TOGETHER = 4  # subjects
 
 _PAPER: dict[str, Any] = TextualInversionConfig.presets["paper"]
+_NEWTON: dict[str, Any] = TextualInversionConfig.presets["gauss-newton"]
 # For many directions: then int8 activations suffice.
 _INT8: dict[str, Any] = {
     "zo_eps": 2e-2,
@@ -74,6 +75,10 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "int8, fifteen directions, four pictures": _PAPER
     | _INT8
     | {"zo_n": 15, "train_batch_size": 4, "learning_rate": 6e-3},
+    "32 dimensions of the encoder": _PAPER | {"zo_space": "encoder", "zo_rank": 32},
+    "gauss-newton": _NEWTON,
+    "gauss-newton, 32 of the vocabulary": _NEWTON | {"zo_space": "subspace"},
+    "gauss-newton, 32 random dimensions": _NEWTON | {"zo_space": "random"},
 }
 
 

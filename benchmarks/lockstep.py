@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from persona.batches import Batch
-from persona.methods.textual_inversion import TextualInversion, copy_errors
+from persona.batches import Batch, predict_copies
+from persona.methods.textual_inversion import TextualInversion
 
 PICTURES = 64  # in a forward; more would take memory and no time less
 T = TypeVar("T")
@@ -31,11 +31,10 @@ def step(runs: Sequence[TextualInversion]) -> None:
             probes = run.probes()
             count = len(probes)
             copies.enter_context(run.hook.copies(probes.to(run.family.device)))
-        errors = copy_errors(runs[0].family, together, count)
-        losses = errors.flatten(1).unflatten(1, (len(runs), -1)).mean(2).cpu()  # [Q, runs]
-    with torch.inference_mode():
-        for run, own in zip(runs, losses.unbind(1), strict=True):
-            run.take(own[0].item(), run.gradient(own))
+        predicted, target = predict_copies(runs[0].family, together, count)
+        shares = predicted.chunk(len(runs), dim=1), target.chunk(len(runs))  # each [Q, B, C, h, w]
+        for run, own, wanted in zip(runs, *shares, strict=True):
+            run.learn(own, wanted)
 
 
 def groups(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -234,6 +234,7 @@ METHODS: dict[str, Method] = {
     "zoodip-one-point": _ti("ZOODiP, one-point", zo_estimator="one_point"),
     "zoodip-int4": _ti("ZOODiP, int4", base_precision="int4", zo_eps=1e-2),
     "zoodip-demo": _ti("ZOODiP, the demo's recipe", **_DEMO),
+    "ti-gauss-newton": _ti("textual inversion by Gauss-Newton", "gauss-newton"),
     "zoodip-words": _ti("ZOODiP, directions as words differ", **WORDS),
     "peqa-bp": _scales("PEQA"),
     "peqa-zo": _zo_scales("PEQA"),

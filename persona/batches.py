@@ -11,6 +11,7 @@ from torch import Tensor
 from persona.config import RunConfig
 from persona.data import Example, to_pixels
 from persona.families import Predict, StableDiffusion
+from persona.prefix import shared_prefix
 from persona.timesteps import Window
 
 
@@ -111,6 +112,30 @@ def losses(
         hidden = family.encode_tokens(batch.ids).repeat(copies, 1, 1)
     x_t, target = (x.repeat(copies, 1, 1, 1) for x in (x_t, target))
     predicted = (predict or family.predict)(x_t, t.repeat(copies), hidden)
+    return (predicted - target).square().flatten(1).mean(1)
+
+
+def predict_copies(
+    family: StableDiffusion, batch: Batch, count: int, predict: Predict | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the UNet predicts for a batch [Q, B, C, h, w], under `count` = Q copies of a token that
+    a hook serves now, and the target [B, C, h, w].
+
+    predict: in place of `family.predict`.
+    """
+    x_t, t, target = on_device(batch, family.device)
+    # Pictures share prompts: each is encoded once for every copy.
+    ids, which = batch.ids.unique(dim=0, return_inverse=True)
+    encoded = family.encode_tokens(ids.repeat(count, 1))
+    which = which.to(family.device, non_blocking=True)
+    hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
+    with shared_prefix(family.pipe.unet, count):
+        predicted = (predict or family.predict)(x_t.repeat(count, 1, 1, 1), t.repeat(count), hidden)
+    return predicted.unflatten(0, (count, -1)), target
+
+
+def mean_errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """Losses [Q] of predictions [Q, B, C, h, w]: the mean squared error."""
     return (predicted - target).square().flatten(1).mean(1)
 
 

@@ -69,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_flags(one, command.config)
         if command.config.presets:
             presets = sorted(command.config.presets)
-            one.add_argument("--preset", choices=presets, help="a recipe that other flags change")
-            one.set_defaults(**command.config.presets.get(_preset(argv), {}))
+            default = command.config.default_preset
+            text = "a recipe that other flags change"
+            text += f" (default, without --optimizer: {default!r})" if default else ""
+            one.add_argument("--preset", choices=presets, help=text)
+            one.set_defaults(**command.config.presets.get(_preset(argv, default), {}))
     args, unknown = parser.parse_known_args(argv)
     command = COMMANDS[args.command]
     if unknown:
@@ -78,14 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(command, args)
 
 
-def _preset(argv: Sequence[str] | None) -> str:
-    """The preset that is asked for: it must be known before the other flags have defaults."""
+def _preset(argv: Sequence[str] | None, default: str) -> str:
+    """The preset that is asked for: it must be known before the other flags have defaults.
+
+    Who names an optimizer and no preset builds a recipe of his own, from the fields' defaults.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", default="")
+    parser.add_argument("--preset")
+    parser.add_argument("--optimizer")
     try:
-        return parser.parse_known_args(argv)[0].preset
+        found = parser.parse_known_args(argv)[0]
     except argparse.ArgumentError:  # without a value: the whole parser tells
         return ""
+    if found.preset is not None or found.optimizer is not None:
+        return found.preset or ""
+    return default
 
 
 def _run(command: Command, args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ class RunConfig:
     Attributes:
         command: its subcommand of ``persona``.
         presets: names of whole recipes, and what each has other than the defaults.
+        default_preset: that of the command where neither preset nor optimizer is given; "": none.
 
     Raises:
         UserError: a value is out of range.
@@ -25,6 +26,7 @@ class RunConfig:
 
     command: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    default_preset: ClassVar[str] = ""
 
     pretrained_model_name_or_path: str = option("", "model folder in diffusers' format, or hub id")
     train_data_dir: str = option("", "folder with the subject's pictures")
@@ -122,20 +124,32 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TextualInversionConfig(RunConfig):
-    """Textual inversion, by forward passes (ZOODiP, arXiv 2503.14868) or by backpropagation.
+    """Textual inversion, by forward passes (ZOODiP, arXiv 2503.14868, or Gauss-Newton) or by
+    backpropagation.
 
-    Presets: "paper" and "released-code" are ZOODiP's, which differ; the paper names no epsilon for
-    Adam, so "paper" has Adam's own. "backprop" is Gal et al. 2022 (arXiv 2208.01618) as ZOODiP's
-    paper runs it for comparison, with AdamW's weight decay as in diffusers' script.
+    Presets: "gauss-newton" (ours, `persona.gauss_newton`) is the command's default: of what
+    `benchmarks.fewer_forwards` compares it needs the fewest forwards. "paper" and "released-code"
+    are ZOODiP's, which differ; the paper names no epsilon for Adam, so "paper" has Adam's own.
+    "backprop" is Gal et al. 2022 (arXiv 2208.01618) as ZOODiP's paper runs it for comparison, with
+    AdamW's weight decay as in diffusers' script.
 
     Raises:
         UserError: a value is out of range, or two options exclude each other.
     """
 
     command: ClassVar[str] = "ti"
+    default_preset: ClassVar[str] = "gauss-newton"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {"adam_epsilon": 1e-8},
         "released-code": {"learning_rate": 1e-2, "zo_normalizer": "released-code"},
+        "gauss-newton": {
+            "optimizer": "gauss-newton",
+            "max_train_steps": 100,
+            "zo_n": 8,
+            "zo_eps": 1e-2,
+            "zo_space": "encoder",
+            "zo_rank": 32,
+        },
         "backprop": {
             "optimizer": "bp",
             "max_train_steps": 5000,
@@ -155,7 +169,9 @@ class TextualInversionConfig(RunConfig):
         30_000, "steps; a step costs n + 1 forwards (two_sided: 2n)", at_least=1, may_change=True
     )
     optimizer: str = option(
-        "zo", "forward passes only, or backpropagation into the new rows", choices=("zo", "bp")
+        "zo",
+        "by forward passes, ZOODiP's or gauss-newton; or backpropagation into the new rows",
+        choices=("zo", "gauss-newton", "bp"),
     )
     learning_rate: float = option(5e-3, "of Adam, in units of the embedding", positive=True)
     learning_rate_schedule: str = option(
@@ -183,10 +199,14 @@ class TextualInversionConfig(RunConfig):
     )
     zo_space: str = option(
         "full",
-        "where directions lie: vocabulary, as words differ; subspace and random are its controls",
-        choices=("full", "vocabulary", "subspace", "random"),
+        "where directions lie: encoder, what the text encoder lets through; vocabulary, as words "
+        "differ; subspace and random are controls",
+        choices=("full", "vocabulary", "subspace", "random", "encoder"),
     )
     zo_rank: int = option(0, "dimensions of zo_space; 0: all", at_least=0)
+    zo_damping: float = option(
+        8.0, "of gauss-newton, share of the loss / embedding^2; higher: shorter", positive=True
+    )
     zo_tau: int = option(128, "steps between two subspaces", "tau", at_least=2)
     zo_nu: float = option(1e-3, "share of variance projected out", "nu", at_least=0, below=1)
     zo_subspace: str = option(
@@ -220,6 +240,11 @@ class TextualInversionConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_cuda_graph(self.cuda_graph, self.optimizer)
+        if self.optimizer == "gauss-newton" and self.zo_estimator != "one_sided":
+            raise UserError(
+                f"zo_estimator: must be one_sided where optimizer is gauss-newton, got "
+                f"{self.zo_estimator!r}; leave it out, or take optimizer zo"
+            )
 
     @property
     def subject(self) -> str:

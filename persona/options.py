@@ -74,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     """One flag a field of the dataclass ``config``; other tools' names for it are accepted too."""
     for item in dataclasses.fields(config):
         names = flags(item)
-        text = f"{item.metadata['help']} (default: {item.default!r})"
+        text = item.metadata["help"].replace("%", "%%") + " (default: %(default)r)"
         if item.type is bool:
             parser.add_argument(*names, action="store_true", help=text)
         else:
@@ -84,7 +84,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
                 type=item.type,
                 default=item.default,
                 choices=item.metadata["choices"],
-                help=text.replace("%", "%%"),
+                help=text,
             )
 
 

@@ -6,13 +6,17 @@ whose rows are orthogonal; what optimizes, probes and moves u. "vocabulary" has 
 principal directions of the embedding table as rows, each as long as the table spreads along it,
 relative to the k's root mean square: a random direction in u is then one in which words differ.
 "subspace" has the same directions at unit length, and "random" as many random ones: the controls
-that tell the shape from the number of dimensions. All of this is ours, not ZOODiP's.
+that tell the shape from the number of dimensions. "encoder" has the k leading directions, at unit
+length, of what the text encoder lets through (`persona.encoder_jacobian`). All of this is ours, not
+ZOODiP's.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-SPACES = ("full", "vocabulary", "subspace", "random")
+SPACES = ("full", "vocabulary", "subspace", "random", "encoder")
 
 
 class Space:
@@ -24,19 +28,34 @@ class Space:
         kind: one of `SPACES`; "full" is theta itself, u = theta.
         rank: k; 0: d, the most.
         seed: of "random".
+        moment: of "encoder", makes J^T J [d, d].
 
     Raises:
         ValueError: unknown kind, or a rank that is negative or above d.
     """
 
-    def __init__(self, start: Tensor, table: Tensor, kind: str, rank: int = 0, seed: int = 0):
+    def __init__(
+        self,
+        start: Tensor,
+        table: Tensor,
+        kind: str,
+        rank: int = 0,
+        seed: int = 0,
+        moment: Callable[[], Tensor] | None = None,
+    ) -> None:
         width = start.shape[1]
         if kind not in SPACES:
             raise ValueError(f"Space: kind must be one of {SPACES}, got {kind!r}; choose one")
         if not 0 <= rank <= width:
             raise ValueError(f"Space: rank must be from 0 to {width}, got {rank}; 0 is all")
         self.start = start.clone()
-        self.map = None if kind == "full" else _rows(table, kind, rank or width, seed)  # [k, d]
+        self.map: Tensor | None = None  # [k, d]
+        if kind == "encoder":
+            if moment is None:
+                raise ValueError("Space: moment must be given for encoder, got None; pass J^T J")
+            self.map = _leading(moment(), rank or width)[1].float().contiguous()
+        elif kind != "full":
+            self.map = _rows(table, kind, rank or width, seed)
 
     def coordinates(self) -> Tensor:
         """u of the start: fp32 [R, k]."""
@@ -61,12 +80,17 @@ def _rows(table: Tensor, kind: str, rank: int, seed: int) -> Tensor:
     for part in table.detach().split(1024):
         centred = part.to("cpu", torch.float64) - mean
         moment += centred.T @ centred
-    values, vectors = torch.linalg.eigh(moment / len(table))
-    directions = vectors.T.flip(0)[:rank]  # leading ones first
+    values, directions = _leading(moment / len(table), rank)
     if kind == "vocabulary":
-        spread = values.flip(0)[:rank].clamp_min(0).sqrt()
+        spread = values.clamp_min(0).sqrt()
         directions = directions * (spread / spread.square().mean().sqrt())[:, None]
     return directions.float().contiguous()
+
+
+def _leading(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues [rank] of a symmetric matrix [d, d], and their vectors as rows."""
+    values, vectors = torch.linalg.eigh(moment)
+    return values.flip(0)[:rank], vectors.T.flip(0)[:rank]
 
 
 def _mean(table: Tensor) -> Tensor:

@@ -8,30 +8,35 @@ its perturbed copies, all in one batched forward where memory allows, projects t
 (Subspace Gradient), and lets Adam move the fp32 master row. Nothing but the row, its moments and
 the buffer is kept: no gradient, no activation, no second copy of a weight.
 
+Gauss-Newton (ours, `persona.gauss_newton`) learns from the same probes' predictions, not only from
+their losses.
+
 By backpropagation (Gal et al. 2022, arXiv 2208.01618) the gradient is that of one forward, whose
 activations are kept for it. Only the new rows learn, so that nothing has to be restored.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from persona.batches import Batch, Batches, on_device
+from persona.batches import Batch, Batches, mean_errors, predict_copies
 from persona.config import TextualInversionConfig
 from persona.data import Example
 from persona.early_stopping import DRAWS, EarlyStopping
+from persona.encoder_jacobian import encoder_moment
 from persona.errors import UserError
 from persona.export import save_embedding
-from persona.families import Predict, StableDiffusion
+from persona.families import StableDiffusion
 from persona.fixed_batches import FixedBatches
+from persona.gauss_newton import GaussNewton
 from persona.graphed import graphed
 from persona.methods import _method
 from persona.methods._method import Method, Step
 from persona.optimizer_state import part_of, prefixed
-from persona.prefix import shared_prefix
 from persona.space import Space
 from persona.subspace import SubspaceGradient
 from persona.tokens import TokenHook, add_placeholder, expand, initial_rows
@@ -70,8 +75,15 @@ class TextualInversion(Method):
             )
         ids = add_placeholder(tokenizer, config.placeholder_token, config.num_vectors)
         self.hook = TokenHook(embedding, ids, self.theta)
+        word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
+        self.batches = Batches(family, examples, config, word)
         self.space = Space(
-            self.theta, embedding.weight, config.zo_space, config.zo_rank, config.seed
+            self.theta,
+            embedding.weight,
+            config.zo_space,
+            config.zo_rank,
+            config.seed,
+            lambda: encoder_moment(family, self.hook, torch.cat(self.batches.ids)),
         )
         self.u = self.space.coordinates()  # [R, k]: what probes and Adam move
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.u), torch.zeros_like(self.u)
@@ -82,6 +94,7 @@ class TextualInversion(Method):
         self.estimator = Estimator(
             n=config.zo_n, eps=config.zo_eps, estimator=config.zo_estimator, seed=config.seed
         )
+        self.newton = self._gauss_newton() if config.optimizer == "gauss-newton" else None
         self.subspace = SubspaceGradient(
             self.u.numel(),
             tau=config.zo_tau,
@@ -90,8 +103,6 @@ class TextualInversion(Method):
             seed=config.seed,
         )
         self._copies_per_forward = config.evaluations_per_forward or self.estimator.evaluations
-        word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
-        self.batches = Batches(family, examples, config, word)
         self.fixed = (
             FixedBatches(self.batches, config.fixed_draws, config.seed)
             if config.fixed_draws
@@ -105,7 +116,7 @@ class TextualInversion(Method):
 
     @property
     def forwards(self) -> int:
-        a_step = self.estimator.evaluations if self.config.optimizer == "zo" else 1
+        a_step = 1 if self.config.optimizer == "bp" else self.estimator.evaluations
         return self.steps * a_step + self.stopping.checks * self._batches_of_a_check
 
     @property
@@ -127,27 +138,47 @@ class TextualInversion(Method):
         if self.config.optimizer == "bp":
             return self.take(*self._backpropagate(batch))
         with torch.inference_mode():
-            losses = self._losses(self.probes(), batch)
-            return self.take(losses[0].item(), self.gradient(losses))
+            return self.learn(*self._predictions(self.probes(), batch))
 
     def draw(self) -> Batch:
         """The pictures of this step."""
         return self.fixed.at(self.steps) if self.fixed else self.batches.draw(self.generator)
 
+    def learn(self, predicted: Tensor, target: Tensor) -> Step:
+        """End a step by forward passes, from what the UNet predicted at its `probes`.
+
+        Args:
+            predicted: [Q, B, C, h, w].
+            target: [B, C, h, w], on the same device.
+        """
+        losses = mean_errors(predicted, target).cpu()  # the one moment when the host waits
+        if self.newton is None:
+            return self.take(losses[0].item(), self.gradient(losses))
+        update = None
+        if torch.isfinite(losses).all():
+            update = partial(self.newton.update_, self.u, predicted.cpu(), target.cpu(), self.steps)
+        return self._end(losses[0].item(), update)
+
     def take(self, loss: float, gradient: Tensor | None) -> Step:
         """End a step whose gradient is known; None is one that was not finite."""
+        return self._end(loss, None if gradient is None else partial(self._adam, gradient))
+
+    def _end(self, loss: float, update: Callable[[], None] | None) -> Step:
         self.steps += 1
-        if gradient is None:
+        if update is None:
             self.rejected += 1
         else:
             with torch.inference_mode():
-                self._update(gradient)
+                update()
+                self._settle()
         if self.stopping.is_due(self.steps):
             self.stopping.check(self._fixed_loss(), self.theta)
         return Step(self.steps, loss, self.forwards, self.rejected)
 
     def probes(self) -> Tensor:
         """The token and its perturbed copies, all to be evaluated on one batch: [Q, R, d]."""
+        if self.newton is not None:
+            return self.space.rows(self.newton.probes(self.u, self.steps))
         return self.space.rows(self.estimator.probes(self.u, draw=self._first_draw))
 
     def gradient(self, losses: Tensor) -> Tensor | None:
@@ -171,28 +202,43 @@ class TextualInversion(Method):
     @torch.enable_grad()
     def _backpropagate(self, batch: Batch) -> tuple[float, Tensor | None]:
         u = self.u.clone().requires_grad_()
-        loss = self._group_losses(self.space.rows(u)[None], batch).squeeze(0)
+        loss = mean_errors(*self._group(self.space.rows(u)[None], batch)).squeeze(0)
         (gradient,) = torch.autograd.grad(loss, u)
         finite = torch.isfinite(gradient).all() and torch.isfinite(loss)
         return loss.item(), gradient if finite else None
 
-    def _update(self, gradient: Tensor) -> None:
-        config, taken = self.config, self.steps - self.rejected
+    def _gauss_newton(self) -> GaussNewton:
+        config, size = self.config, self.u.numel()
+        if config.zo_n > size:
+            raise UserError(
+                f"zo_n: must be at most the {size} coordinates of the token where optimizer is "
+                f"gauss-newton, got {config.zo_n}; take fewer, or a higher zo_rank"
+            )
+        return GaussNewton(
+            size, n=config.zo_n, eps=config.zo_eps, damping=config.zo_damping, seed=config.seed
+        )
+
+    def _adam(self, gradient: Tensor) -> None:
+        config = self.config
         adam_update_(
             self.u,
             gradient,
             self.exp_avg,
             self.exp_avg_sq,
-            taken,
+            self.steps - self.rejected,
             lr=config.learning_rate * self._schedule(),
             betas=(config.adam_beta1, config.adam_beta2),
             adam_eps=config.adam_epsilon,
             weight_decay=config.adam_weight_decay,
         )
-        result = self.u
+
+    def _settle(self) -> None:
+        """The token of the coordinates as they are now."""
+        config, result = self.config, self.u
         if config.average:
             self.mean.lerp_(self.u, 1 - config.average)
-            result = self.mean / (1 - config.average**taken)  # it started at zero
+            # It started at zero.
+            result = self.mean / (1 - config.average ** (self.steps - self.rejected))
         self.theta.copy_(self.space.rows(result))
         self.subspace.observe(self.u)
 
@@ -214,21 +260,27 @@ class TextualInversion(Method):
 
     def _losses(self, copies: Tensor, batch: Batch) -> Tensor:
         """Loss of every copy [Q, R, d] on the same batch: fp32 [Q] on the CPU."""
+        return mean_errors(*self._predictions(copies, batch)).cpu()
+
+    def _predictions(self, copies: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the UNet predicts at every copy [Q, R, d], and what it should: `predict_copies`, in
+        as many forward passes as memory asks for."""
         while True:
             try:
                 groups = copies.split(self._copies_per_forward)
-                losses = torch.cat([self._group_losses(group, batch) for group in groups])
-                return losses.cpu()  # the one moment when the host waits
+                predicted, targets = zip(
+                    *(self._group(group, batch) for group in groups), strict=True
+                )
+                return torch.cat(predicted), targets[0]
             except torch.OutOfMemoryError:
                 if self._copies_per_forward == 1:
                     raise
                 self._copies_per_forward = (self._copies_per_forward + 1) // 2
 
-    def _group_losses(self, copies: Tensor, batch: Batch) -> Tensor:
-        """Where copies take part in autograd, so do the losses; on the model's device."""
+    def _group(self, copies: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of one forward pass; where copies take part in autograd, so do the predictions."""
         with self.hook.copies(copies.to(self.family.device, non_blocking=True)):
-            errors = copy_errors(self.family, batch, len(copies), self.predict)
-            return errors.flatten(1).mean(1)
+            return predict_copies(self.family, batch, len(copies), self.predict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a bit-identical resume needs: a few vectors."""
@@ -240,6 +292,7 @@ class TextualInversion(Method):
             "exp_avg_sq": self.exp_avg_sq,
             "counts": torch.tensor([self.steps, self.rejected]),
             "generator": self.generator.get_state(),
+            **({} if self.newton is None else {"precision": self.newton.precision}),
             **prefixed("subspace", self.subspace.state_dict()),
             **prefixed("stopping", self.stopping.state_dict()),
         }
@@ -249,6 +302,8 @@ class TextualInversion(Method):
             getattr(self, name).copy_(state[name])
         self.exp_avg.copy_(state["exp_avg"])
         self.exp_avg_sq.copy_(state["exp_avg_sq"])
+        if self.newton is not None:
+            self.newton.precision.copy_(state["precision"])
         self.steps, self.rejected = state["counts"].tolist()
         self.generator.set_state(state["generator"])
         self.subspace.load_state_dict(part_of("subspace", state))
@@ -260,23 +315,6 @@ class TextualInversion(Method):
         return path
 
     def metadata(self) -> dict[str, str]:
-        name = "zoodip" if self.config.optimizer == "zo" else "textual-inversion"
+        name = {"zo": "zoodip", "bp": "textual-inversion"}.get(self.config.optimizer)
+        name = name or self.config.optimizer
         return _method.metadata(self, self.config, name, len(self.batches))
-
-
-def copy_errors(
-    family: StableDiffusion, batch: Batch, count: int, predict: Predict | None = None
-) -> Tensor:
-    """Squared errors [Q, B, C, h, w] of a batch under `count` = Q copies that a hook serves now.
-
-    predict: in place of `family.predict`.
-    """
-    x_t, t, target = on_device(batch, family.device)
-    # Pictures share prompts: each is encoded once for every copy.
-    ids, which = batch.ids.unique(dim=0, return_inverse=True)
-    encoded = family.encode_tokens(ids.repeat(count, 1))
-    which = which.to(family.device, non_blocking=True)
-    hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
-    with shared_prefix(family.pipe.unet, count):
-        predicted = (predict or family.predict)(x_t.repeat(count, 1, 1, 1), t.repeat(count), hidden)
-    return (predicted.unflatten(0, (count, -1)) - target).square()

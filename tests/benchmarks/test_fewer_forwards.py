@@ -68,7 +68,7 @@ def test_a_report_with_its_curves(tmp_path):
 
 def test_every_estimator_is_a_recipe():
     for options in ESTIMATORS.values():
-        config = TextualInversionConfig(**options, max_train_steps=steps_of(options))
+        config = TextualInversionConfig(**options | {"max_train_steps": steps_of(options)})
         pictures = pictures_a_step({"command": "ti", **options}) * config.max_train_steps
         assert 0.9 * POINTS[-1] < pictures <= POINTS[-1]
 

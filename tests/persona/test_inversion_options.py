@@ -32,7 +32,7 @@ def test_backpropagation_is_the_slope_of_the_loss(options, make_method, precisio
         z = torch.randn(method.u.shape, generator=torch.Generator().manual_seed(seed))
         copies = torch.stack([method.u + sign * 1e-3 * z for sign in (1, -1)])
         with torch.inference_mode():
-            plus, minus = method._group_losses(copies, batch).double().tolist()
+            plus, minus = method._losses(copies, batch).double().tolist()
         assert (plus - minus) / 2e-3 == pytest.approx((gradient * z).sum().item(), rel=0.05)
     assert math.isfinite(loss)
 
@@ -67,7 +67,8 @@ def test_backpropagation_is_adamw(options, make_method):
 @pytest.mark.parametrize("kind", SPACES)
 def test_the_start_is_in_every_space(kind):
     words, _, _ = table()
-    space = Space(words[:2], words, kind, rank=0 if kind == "full" else 5)
+    moment = {"moment": lambda: torch.eye(12).double()} if kind == "encoder" else {}
+    space = Space(words[:2], words, kind, rank=0 if kind == "full" else 5, **moment)
     u = space.coordinates()
     assert space.rows(u).equal(words[:2])
     assert u.shape == ((2, 12) if kind == "full" else (2, 5))
@@ -94,6 +95,8 @@ def test_a_space_that_there_is_not():
         Space(words[:1], words, "half")
     with pytest.raises(ValueError, match="Space: rank must be from 0 to 12, got 13"):
         Space(words[:1], words, "random", rank=13)
+    with pytest.raises(ValueError, match="Space: moment must be given for encoder"):
+        Space(words[:1], words, "encoder")
 
 
 def test_a_rank_above_the_embedding(options, make_method):
@@ -133,6 +136,7 @@ def test_a_cosine_cannot_be_resumed_with_another_end(options):
         {"zo_estimator": "one_point", "zo_eps": 0.1},
         {"zo_space": "vocabulary", "zo_rank": 7, "average": 0.9, "zo_eps": 0.1},
         {"fixed_draws": 3, "zo_estimator": "two_sided", "zo_eps": 0.1},
+        {"optimizer": "gauss-newton", "zo_space": "encoder", "zo_rank": 5, "zo_eps": 0.1},
         {"early_stopping_patience": 9, "early_stopping_steps": 2, "zo_eps": 0.1},
         {"zo_subspace": "centred", "learning_rate_schedule": "cosine", "zo_eps": 0.1},
     ],
@@ -196,7 +200,9 @@ def test_presets_differ_as_the_papers_do():
         assert (config.min_timestep, config.max_timestep) == (500, 900)
         assert (config.max_train_steps, config.zo_estimator) == (30_000, "one_sided")
     assert TextualInversionConfig.from_preset("backprop", learning_rate=1e-3).learning_rate == 1e-3
-    with pytest.raises(UserError, match="preset: must be one of paper, released-code, backprop"):
+    with pytest.raises(
+        UserError, match="preset: must be one of paper, released-code, gauss-newton, backprop"
+    ):
         TextualInversionConfig.from_preset("best")
 
 
