@@ -12,6 +12,7 @@ from PIL import Image
 
 WIDTH, HEIGHT = 5.6, 4.2  # inches, of a panel
 DPI = 100
+STYLES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.grid(color="#e4e4e4")
-    for line in panel.lines:
+    for i, line in enumerate(panel.lines):
         points = [p for p in line.points if _usable(p, panel.log)]
         x, y = [p[0] for p in points], [p[1] for p in points]
         if panel.joined:
-            axes.plot(x, y, marker="o", markersize=4, color=line.color, label=line.label)
+            style = STYLES[i // 10 % len(STYLES)]  # colours repeat after ten lines
+            axes.plot(x, y, style, marker="o", markersize=4, color=line.color, label=line.label)
             continue
         axes.scatter(x, y, color=line.color)
         for point in points:

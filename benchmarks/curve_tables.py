@@ -14,6 +14,7 @@ from benchmarks.timing import machine
 from persona.files import write_image, write_json
 
 Point = tuple[float, float]  # pictures through the UNet, figure
+LOSSES = ("trained_loss", "held_out_loss")
 
 
 def reached(curve: Sequence[Point], level: float) -> float | None:
@@ -44,22 +45,18 @@ def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[P
 def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """Final figures with their spread over seeds, and pictures to the paper's last loss."""
     lines = []
-    curves = mean_curves(rows, "held_out_loss")
-    target = curves["paper"][-1][1] if "paper" in curves else None
-    for name in (n for n in names if n in curves):
+    curves = {figure: mean_curves(rows, figure) for figure in LOSSES}
+    known = curves["held_out_loss"]
+    for name in (n for n in names if n in known):
         own = [row for row in rows if row["estimator"] == name]
-        needed = reached(curves[name], target) if target is not None else None
-        budget = curves[name][-1][0]
-        if name == "paper":
-            needed = budget
         lines.append(
             [
                 name,
                 len({row["subject"] for row in own}),
                 len({row["seed"] for row in own}),
-                *(_final(own, figure) for figure in ("trained_loss", "held_out_loss", "fidelity")),
-                f"{budget:.0f}",
-                "not reached" if needed is None else f"{needed:.0f}",
+                *(_final(own, figure) for figure in (*LOSSES, "fidelity")),
+                f"{known[name][-1][0]:.0f}",
+                *(_needed(curves[figure], name) for figure in LOSSES),
             ]
         )
     columns = [
@@ -70,11 +67,21 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
         "held-out loss",
         "subject fidelity",
         "pictures",
-        "pictures to the paper's last held-out loss",
+        "pictures to the paper's last trained loss",
+        "to its held-out loss",
     ]
     title = "After the budget: mean over subjects, +- standard deviation over seeds"
     made = [{"title": title, "columns": columns, "rows": lines}]
-    return [*made, differences(rows, names)] if "paper" in curves else made
+    return [*made, differences(rows, names)] if "paper" in known else made
+
+
+def _needed(curves: dict[str, list[Point]], name: str) -> str:
+    """Pictures with which the mean curve meets the paper's last point."""
+    if "paper" not in curves:
+        return "-"
+    budget, level = curves["paper"][-1]
+    needed = budget if name == "paper" else reached(curves[name], level)
+    return "not reached" if needed is None else f"{needed:.0f}"
 
 
 def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
         if pairs:
             cells = [
                 with_error([own[figure] - paper[figure] for own, paper in pairs], 4)
-                for figure in ("trained_loss", "held_out_loss")
+                for figure in LOSSES
             ]
             lines.append([name, len(pairs), *cells])
     return {

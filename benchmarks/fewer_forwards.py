@@ -77,7 +77,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     | {"zo_n": 15, "train_batch_size": 4, "learning_rate": 6e-3},
     "32 dimensions of the encoder": _PAPER | {"zo_space": "encoder", "zo_rank": 32},
     "gauss-newton": _NEWTON,
-    "gauss-newton, 32 of the vocabulary": _NEWTON | {"zo_space": "subspace"},
+    "gauss-newton, 32 of the encoder": _NEWTON | {"zo_space": "encoder"},
     "gauss-newton, 32 random dimensions": _NEWTON | {"zo_space": "random"},
 }
 

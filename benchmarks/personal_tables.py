@@ -63,9 +63,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def summary(rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> dict[str, Any]:
     """Mean and spread of every figure, a line a method.
 
-    A figure is averaged over subjects for each seed; the spread is the standard deviation of these
-    averages over the seeds. Methods are also compared with the untrained class word on the same
-    subjects and seeds; that spread is the standard error over subjects, each averaged over seeds.
+    A figure is averaged over a subject's seeds, then over subjects; the spread is the standard
+    deviation over seeds of the mean over those subjects that have all of them.
     """
     by_method: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -78,7 +77,7 @@ def summary(rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> dict[str,
         cells = [_cell(own, figure) for figure in COLUMNS]
         lines.append([titles[name], len(subjects), len(seeds), *cells])
     return {
-        "title": "Mean over subjects, +- standard deviation over seeds",
+        "title": "Mean over subjects, +- standard deviation over seeds (subjects that have all)",
         "columns": ["method", "subjects", "seeds", *COLUMNS.values()],
         "rows": lines,
     }
@@ -123,17 +122,21 @@ def with_error(differences: Sequence[float], digits: int) -> str:
 
 
 def _cell(rows: Sequence[dict[str, Any]], figure: str) -> str:
-    by_seed = defaultdict(list)
+    by_subject: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         if figure in row:
-            by_seed[row["seed"]].append(row[figure])
-    if not by_seed:
+            by_subject[row["subject"]][row["seed"]] = row[figure]
+    if not by_subject:
         return "-"
+    mean = statistics.mean(statistics.mean(own.values()) for own in by_subject.values())
     if figure in COUNTS:
-        return f"{statistics.mean(v for values in by_seed.values() for v in values):.0f}"
-    means = [statistics.mean(values) for values in by_seed.values()]
-    spread = f" +- {statistics.stdev(means):.3f}" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.3f}{spread}"
+        return f"{mean:.0f}"
+    seeds = {seed for own in by_subject.values() for seed in own}
+    whole = [own for own in by_subject.values() if len(own) == len(seeds)]
+    if len(seeds) == 1 or not whole:
+        return f"{mean:.3f}"
+    means = [statistics.mean(own[seed] for own in whole) for seed in seeds]
+    return f"{mean:.3f} +- {statistics.stdev(means):.3f}"
 
 
 def write(
@@ -156,27 +159,30 @@ def write(
 
 
 def write_trade(out: Path, rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> None:
-    """Likeness to the subject against what the prompt asks beside it, a point a method."""
-    rows = [row for row in rows if "style" in row]
-    if not rows:
+    """Likeness to the subject against what the prompt asks beside it, a point a method: its mean
+    difference to the untrained class word on the same subjects and seeds."""
+    base = {(r["subject"], r["seed"]): r for r in rows if r["method"] == "base"}
+    pairs = defaultdict(list)  # method -> (row, the class word's)
+    for row in rows:
+        if "style" in row and (row["subject"], row["seed"]) in base:
+            pairs[row["method"]].append((row, base[row["subject"], row["seed"]]))
+    if not pairs:
         return
     panels = []
     for figure in ("style", "text"):
-        points = {
-            title: [
-                _mean([r for r in rows if r["method"] == name], key) for key in (figure, "fidelity")
-            ]
+        lines = [
+            charts.Line(title, [(_gain(pairs[name], figure), _gain(pairs[name], "fidelity"))])
             for name, title in titles.items()
-        }
-        lines = [charts.Line(title, [(x, y)]) for title, (x, y) in points.items()]
+            if pairs[name]
+        ]
         label = f"{COLUMNS[figure]}, over prompts that training never showed"
-        title = "Subject against prompt"
+        title = "Subject against prompt, above the untrained class word"
         panels.append(charts.Panel(title, label, lines, COLUMNS["fidelity"], log="", joined=False))
     write_image(out.with_name(f"{out.stem}-trade.png"), charts.draw(panels), "out")
 
 
-def _mean(rows: Sequence[dict[str, Any]], figure: str) -> float:
-    return statistics.mean(r[figure] for r in rows) if rows else float("nan")
+def _gain(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], figure: str) -> float:
+    return statistics.mean(row[figure] - base[figure] for row, base in pairs)
 
 
 def write_grid(
@@ -187,9 +193,16 @@ def write_grid(
     pictures: Path,
     size: int = 64,
 ) -> None:
-    """The first held-out picture of every method: a line a method, a column a subject."""
+    """The first held-out picture of every method: a line a method, a column a subject.
+
+    A grid is left as it is where pictures of its rows are not here, having been drawn elsewhere.
+    """
     keys = {(r["method"], r["subject"]): r["key"] for r in rows if r["seed"] == 0}
     shown = [s for s in subjects if any((name, s.name) in keys for name in titles)][:SHOWN]
+    wanted = [keys[name, s.name] for s in shown for name in titles if (name, s.name) in keys]
+    drawn = [key for key in wanted if (pictures / f"{key}.png").exists()]
+    if out.with_suffix(".png").exists() and len(drawn) < len(wanted):
+        return
     lines = [("true", [s.pictures[s.held_out] for s in shown])]
     for style in dict.fromkeys(style for s in shown for style in s.trained):
         lines.append((f"trained:\n{style}", [s.pictures[style] for s in shown]))

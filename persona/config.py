@@ -147,7 +147,7 @@ class TextualInversionConfig(RunConfig):
             "max_train_steps": 100,
             "zo_n": 8,
             "zo_eps": 1e-2,
-            "zo_space": "encoder",
+            "zo_space": "subspace",
             "zo_rank": 32,
         },
         "backprop": {
@@ -199,8 +199,8 @@ class TextualInversionConfig(RunConfig):
     )
     zo_space: str = option(
         "full",
-        "where directions lie: encoder, what the text encoder lets through; vocabulary, as words "
-        "differ; subspace and random are controls",
+        "where directions lie: subspace, where words differ; vocabulary, as far as they do; "
+        "encoder, what the text encoder lets through; random, a control",
         choices=("full", "vocabulary", "subspace", "random", "encoder"),
     )
     zo_rank: int = option(0, "dimensions of zo_space; 0: all", at_least=0)

@@ -14,7 +14,8 @@ filter whose state does not drift): of P, which starts as damping * I,
 
 where m = sum(r^2) makes the error a share of this step's own, so that timesteps of much error do
 not rule. Steps shorten by themselves as P grows: there is no learning rate. Every k // n steps use
-up the directions of one random rotation. Ours; it is to ZO as Gauss-Newton is to gradient descent.
+up the directions of one random rotation. All of this is ours. It needs both: few coordinates, and
+such as matter (`persona.space`); `benchmarks.fewer_forwards` has either without the other.
 """
 
 import torch

@@ -5,8 +5,8 @@ A token theta [R, d] is written theta = start + u A with coordinates u [R, k] an
 whose rows are orthogonal; what optimizes, probes and moves u. "vocabulary" has the k leading
 principal directions of the embedding table as rows, each as long as the table spreads along it,
 relative to the k's root mean square: a random direction in u is then one in which words differ.
-"subspace" has the same directions at unit length, and "random" as many random ones: the controls
-that tell the shape from the number of dimensions. "encoder" has the k leading directions, at unit
+"subspace" has the same directions at unit length, and "random" as many random ones: the control
+that tells the choice from the number of dimensions. "encoder" has the k leading directions, at unit
 length, of what the text encoder lets through (`persona.encoder_jacobian`). All of this is ours, not
 ZOODiP's.
 """

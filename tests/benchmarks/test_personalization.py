@@ -163,12 +163,27 @@ def test_a_mean_with_its_standard_error():
     assert personal_tables.with_error([0.0, 0.01, 0.02], 4) == f"+0.0100 +- {0.01 / 3**0.5:.4f}"
 
 
+def test_the_spread_over_seeds_is_of_the_same_subjects():
+    """A subject with one seed moves the mean of all, not that of its seed."""
+    made = [("rose", 0, 0.3), ("rose", 1, 0.5), ("lamp", 0, 0.9)]
+    rows = [{"method": "m", "subject": s, "seed": i, "fidelity": f} for s, i, f in made]
+    [line] = personal_tables.summary(rows, {"m": "M"})["rows"]
+    assert line[:4] == ["M", 2, 2, f"0.650 +- {0.02**0.5:.3f}"]
+    [line] = personal_tables.summary(rows[1:], {"m": "M"})["rows"]
+    assert line[3] == "0.700"
+
+
 def test_tables_and_grid(command):
     assert command("--seeds", "0,1,2", "--methods", "base,other") == 0
     text = section(command.out.with_suffix(".json"))
     assert "| another | 3 | 3 | " in text and "Difference to the word" in text
     assert "mean colour" in text and "personalization" in text
-    assert command.out.with_suffix(".png").exists()
+    grid = command.out.with_suffix(".png")
+    first = grid.read_bytes()
+    for drawn in (command.out.parent / "work" / "pictures").iterdir():
+        drawn.unlink()
+    assert command("--seeds", "0", "--methods", "base") == 0
+    assert grid.read_bytes() == first  # not one of white cells
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,28 @@ def test_presets_differ_as_the_papers_do():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "optimizer", "steps"),
+    [
+        ([], "gauss-newton", 100),
+        (["--zo_n", "4"], "gauss-newton", 100),
+        (["--optimizer", "zo"], "zo", 30_000),
+        (["--preset=backprop"], "bp", 5000),
+    ],
+)
+def test_the_recipe_without_a_preset(monkeypatch, arguments, optimizer, steps):
+    seen = []
+    monkeypatch.setattr("persona.cli.from_flags", lambda a, c: seen.append(a) or c())
+    assert main(["ti", *arguments]) == 2  # nothing to train on
+    assert (seen[0].optimizer, seen[0].max_train_steps) == (optimizer, steps)
+
+
+def test_help_shows_the_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["ti", "--help"])
+    assert "directions a step (default: 8)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "learning_rate"),
     [
         (["--preset", "released-code"], 1e-2),
