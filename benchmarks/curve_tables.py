@@ -43,20 +43,24 @@ def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[P
 
 
 def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Final figures with their spread over seeds, and pictures to the paper's last loss."""
+    """Final figures with their spread over seeds, and pictures to the paper's last losses on the
+    same subjects and seeds."""
     lines = []
-    curves = {figure: mean_curves(rows, figure) for figure in LOSSES}
-    known = curves["held_out_loss"]
-    for name in (n for n in names if n in known):
+    of_paper = {(r["subject"], r["seed"]): r for r in rows if r["estimator"] == "paper"}
+    for name in names:
         own = [row for row in rows if row["estimator"] == name]
+        if not own:
+            continue
+        paired = [row for row in own if (row["subject"], row["seed"]) in of_paper]
+        papers = [of_paper[row["subject"], row["seed"]] for row in paired]
         lines.append(
             [
                 name,
                 len({row["subject"] for row in own}),
                 len({row["seed"] for row in own}),
                 *(_final(own, figure) for figure in (*LOSSES, "fidelity")),
-                f"{known[name][-1][0]:.0f}",
-                *(_needed(curves[figure], name) for figure in LOSSES),
+                f"{own[-1]['curve'][-1]['pictures']}",
+                *(_needed(paired, papers, figure) for figure in LOSSES),
             ]
         )
     columns = [
@@ -72,15 +76,17 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
     ]
     title = "After the budget: mean over subjects, +- standard deviation over seeds"
     made = [{"title": title, "columns": columns, "rows": lines}]
-    return [*made, differences(rows, names)] if "paper" in known else made
+    return [*made, differences(rows, names)] if of_paper else made
 
 
-def _needed(curves: dict[str, list[Point]], name: str) -> str:
-    """Pictures with which the mean curve meets the paper's last point."""
-    if "paper" not in curves:
+def _needed(rows: Sequence[dict[str, Any]], papers: Sequence[dict[str, Any]], figure: str) -> str:
+    """Pictures with which the mean curve of runs of one estimator meets the last point of that of
+    the paper's runs."""
+    if not rows:
         return "-"
-    budget, level = curves["paper"][-1]
-    needed = budget if name == "paper" else reached(curves[name], level)
+    (curve,), (paper,) = (mean_curves(some, figure).values() for some in (rows, papers))
+    budget, level = paper[-1]
+    needed = budget if curve == paper else reached(curve, level)
     return "not reached" if needed is None else f"{needed:.0f}"
 
 

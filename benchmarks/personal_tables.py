@@ -17,6 +17,7 @@ from persona.files import write_image, write_json
 from persona.report import grid
 
 SHOWN = 8  # subjects in the grid of pictures
+PLOTTED = 0.25  # of the class word's subjects that a method must have for its point
 
 HOW_TO_READ = (
     "Two styles of a subject are trained on, pictures of the third are generated and scored "
@@ -160,20 +161,24 @@ def write(
 
 def write_trade(out: Path, rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> None:
     """Likeness to the subject against what the prompt asks beside it, a point a method: its mean
-    difference to the untrained class word on the same subjects and seeds."""
+    difference to the untrained class word on the same subjects and seeds. Methods with few subjects
+    are left out."""
     base = {(r["subject"], r["seed"]): r for r in rows if r["method"] == "base"}
     pairs = defaultdict(list)  # method -> (row, the class word's)
     for row in rows:
         if "style" in row and (row["subject"], row["seed"]) in base:
             pairs[row["method"]].append((row, base[row["subject"], row["seed"]]))
-    if not pairs:
+    counts = {name: len({row["subject"] for row, _ in own}) for name, own in pairs.items()}
+    shown = [name for name in titles if counts.get(name, 0) >= PLOTTED * counts.get("base", 0) > 0]
+    if not shown:
         return
     panels = []
     for figure in ("style", "text"):
         lines = [
-            charts.Line(title, [(_gain(pairs[name], figure), _gain(pairs[name], "fidelity"))])
-            for name, title in titles.items()
-            if pairs[name]
+            charts.Line(
+                titles[name], [(_gain(pairs[name], figure), _gain(pairs[name], "fidelity"))]
+            )
+            for name in shown
         ]
         label = f"{COLUMNS[figure]}, over prompts that training never showed"
         title = "Subject against prompt, above the untrained class word"
