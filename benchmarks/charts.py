@@ -76,7 +76,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
     if "y" in panel.log:
         axes.set_yscale("log")
     if panel.joined and panel.lines:
-        axes.legend(fontsize="x-small")
+        many = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(panel.lines) > 8 else {}
+        axes.legend(fontsize="x-small", **many)
 
 
 def _usable(point: tuple[float, float], log: str) -> bool:

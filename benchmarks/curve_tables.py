@@ -58,7 +58,8 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
                 name,
                 len({row["subject"] for row in own}),
                 len({row["seed"] for row in own}),
-                *(_final(own, figure) for figure in (*LOSSES, "fidelity")),
+                *(_over_seeds(own, figure) for figure in (*LOSSES, "fidelity")),
+                _over_seeds(own, "fidelity", which=0),
                 f"{own[-1]['curve'][-1]['pictures']}",
                 *(_needed(paired, papers, figure) for figure in LOSSES),
             ]
@@ -70,6 +71,7 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
         "trained loss",
         "held-out loss",
         "subject fidelity",
+        "when first drawn",
         "pictures",
         "pictures to the paper's last trained loss",
         "to its held-out loss",
@@ -113,10 +115,12 @@ def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
     }
 
 
-def _final(rows: Sequence[dict[str, Any]], figure: str) -> str:
+def _over_seeds(rows: Sequence[dict[str, Any]], figure: str, which: int = -1) -> str:
+    """Mean over subjects of the figure where it was measured for the `which`-th time."""
     by_seed = defaultdict(list)
     for row in rows:
-        by_seed[row["seed"]].append(row["curve"][-1].get(figure, float("nan")))
+        found = [at[figure] for at in row["curve"] if figure in at]
+        by_seed[row["seed"]].append(found[which] if found else float("nan"))
     means = [statistics.mean(values) for values in by_seed.values()]
     spread = f" +- {statistics.stdev(means):.4f}" if len(means) > 1 else ""
     return f"{statistics.mean(means):.4f}{spread}"

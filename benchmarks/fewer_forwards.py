@@ -5,9 +5,9 @@
 
 A run is stopped at points of its budget and measured there, on figures that have no noise of their
 own: the denoising loss over fixed noise at fixed timesteps, for the two styles that are trained and
-for the third, and at some points the cosine of drawn pictures to the true one. Runs of one recipe
-share their forward passes (`benchmarks.lockstep`). A row a run is appended as they finish; rows
-that are there are not made again.
+for the third, and after a quarter and all of it the cosine of drawn pictures to the true one. Runs
+of one recipe share their forward passes (`benchmarks.lockstep`). A row a run is appended as they
+finish; rows that are there are not made again.
 """
 
 import argparse
