@@ -68,6 +68,12 @@ CASES = {
     "inference-int8": Case("one forward, int8", RunConfig()),
     "inference-int4": Case("one forward, int4", RunConfig(base_precision="int4")),
     "zoodip-int8": _case("ZOODiP, int8", "ti", "2.37", steps=1),
+    "gauss-newton-int8": _case(
+        "Gauss-Newton on a token, int8",
+        "ti",
+        steps=1,
+        **COMMANDS["ti"].config.presets["gauss-newton"],
+    ),
     "zoodip-int4": _case("ZOODiP, int4", "ti", "1.9", steps=1, base_precision="int4"),
     "ti-backprop": _case("textual inversion by backpropagation, int8", "ti", optimizer="bp"),
     "peqa-zo": _case("PEQA, zeroth order", "scales", optimizer="zo"),

@@ -205,8 +205,8 @@ _ZO_SCALES: dict[str, Any] = {
     "learning_rate": 0.3,
     "activation_precision": "int8",
 }
-# The demo's recipe with int8 activations, for which many directions and pictures a step suffice.
-_DEMO: dict[str, Any] = {
+# Int8 activations, for which many directions and pictures a step suffice.
+_WIDE: dict[str, Any] = {
     "train_batch_size": 4,
     "zo_n": 15,
     "zo_eps": 2e-2,
@@ -233,7 +233,7 @@ METHODS: dict[str, Method] = {
     "zoodip-two-sided": _ti("ZOODiP, two-sided", zo_estimator="two_sided"),
     "zoodip-one-point": _ti("ZOODiP, one-point", zo_estimator="one_point"),
     "zoodip-int4": _ti("ZOODiP, int4", base_precision="int4", zo_eps=1e-2),
-    "zoodip-demo": _ti("ZOODiP, the demo's recipe", **_DEMO),
+    "zoodip-wide": _ti("ZOODiP, fifteen directions, four pictures, int8", **_WIDE),
     "ti-gauss-newton": _ti("textual inversion by Gauss-Newton", "gauss-newton"),
     "zoodip-words": _ti("ZOODiP, directions as words differ", **WORDS),
     "peqa-bp": _scales("PEQA"),

@@ -24,7 +24,7 @@ What came out (`results/rounding_noise.json`):
 - Token: the best eps under w8a8 is 1e-2 (all errors 8 % two-sided, 18 % one-sided), 0.45 of an
   element's rms. Beyond it bias rules, not rounding. At the paper's 1e-3, one-sided, noise is as
   large as the signal: half of the evaluations are lost.
-- The demo's recipe (token, one-sided, eps 2e-2, n 15) may run on w8a8: signal to noise 22,
+- A token by one-sided estimates (eps 2e-2, n 15) may run on w8a8: signal to noise 22,
   correlation with w8 0.999, all signs the same, error against backpropagation 32 % instead of
   w8's 33 %.
 - Codes by whole steps are as good as weights by the same steps (16 directions).

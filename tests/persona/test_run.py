@@ -31,11 +31,17 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.parametrize("estimator", ["one_sided", "two_sided"])
-def test_resume_is_bit_identical(tmp_path, estimator):
-    config = TextualInversionConfig(
-        **QUICK, zo_estimator=estimator, output_dir=str(tmp_path / "straight")
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "zo", "zo_space": "full", "zo_rank": 0},
+        {"optimizer": "zo", "zo_estimator": "two_sided"},
+    ],
+    ids=str,
+)
+def test_resume_is_bit_identical(tmp_path, changes):
+    config = TextualInversionConfig(**QUICK | changes, output_dir=str(tmp_path / "straight"))
     textual_inversion(config, progress=False)
     halves = dataclasses.replace(config, output_dir=str(tmp_path / "halves"))
     textual_inversion(dataclasses.replace(halves, max_train_steps=2), progress=False)
