@@ -116,6 +116,11 @@ class RunConfig:
         """What stands for ``{}`` in a prompt: the rare word and the class, as in "sks dog"."""
         return f"{self.placeholder_token} {self.initializer_token}".strip()
 
+    @property
+    def rate(self) -> float | None:
+        """The learning rate; None where the optimizer has none."""
+        return self.learning_rate
+
     def recipe(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it goes on from."""
         items = dataclasses.fields(self)
@@ -250,6 +255,10 @@ class TextualInversionConfig(RunConfig):
     def subject(self) -> str:
         """The new word alone: it takes the place of the class."""
         return self.placeholder_token
+
+    @property
+    def rate(self) -> float | None:
+        return None if self.optimizer == "gauss-newton" else self.learning_rate
 
     def recipe(self) -> dict[str, Any]:
         shared = super().recipe()

@@ -165,15 +165,14 @@ def _train(method: Method, config: RunConfig, saved: Path, progress: bool) -> No
             metrics.write(
                 step=step.step,
                 loss=step.loss,
-                lr=config.learning_rate,
+                lr=config.rate,
                 forwards=step.forwards,
                 rejected=step.rejected,
                 peak_bytes=memory,
                 **step.more,
             )
-            bar.set_postfix(
-                loss=f"{smooth:.4f}", lr=config.learning_rate, mem=human(memory), refresh=False
-            )
+            rate = {} if config.rate is None else {"lr": config.rate}
+            bar.set_postfix(loss=f"{smooth:.4f}", **rate, mem=human(memory), refresh=False)
             bar.update()
             if step.step % config.checkpointing_steps == 0:
                 save()

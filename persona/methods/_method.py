@@ -73,7 +73,7 @@ def metadata(method: Method, config: RunConfig, name: str, pictures: int) -> dic
         "ss_sd_model_name": Path(config.pretrained_model_name_or_path).name,
         "ss_seed": str(config.seed),
         "ss_steps": str(method.steps),
-        "ss_learning_rate": str(config.learning_rate),
+        "ss_learning_rate": str(config.rate),
         "ss_num_train_images": str(pictures),
         "persona.method": name,
         "persona.base_precision": config.base_precision,

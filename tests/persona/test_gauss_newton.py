@@ -90,6 +90,7 @@ def test_a_token_learns(options, make_method):
         after = method._losses(method.theta[None], batch)
     assert after < before and not method.theta.equal(start)
     assert steps[-1].forwards == 8 * 4 and method.metadata()["persona.method"] == "gauss-newton"
+    assert method.metadata()["ss_learning_rate"] == "None"
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(options, make_method):
