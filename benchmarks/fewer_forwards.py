@@ -36,6 +36,7 @@ from benchmarks.personalization import (
     row_key,
 )
 from persona.base import load_base
+from persona.batches import mean_errors
 from persona.config import TextualInversionConfig
 from persona.data import load_folder, to_pixels
 from persona.evaluate import Scorer
@@ -131,8 +132,8 @@ class Curve:
     @torch.inference_mode()
     def figures(self, draw: bool) -> dict[str, float]:
         hidden = self.family.encode_tokens(self.ids).repeat_interleave(TIMES, 0)
-        error = (self.family.predict(self.x_t, self.t, hidden) - self.target).square()
-        losses = error.flatten(1).mean(1).view(-1, TIMES).mean(1)  # [styles]
+        errors = mean_errors(self.family.predict(self.x_t, self.t, hidden), self.target)
+        losses = errors.view(-1, TIMES).mean(1)  # [styles]
         row = {
             "pictures": self.pictures,
             "trained_loss": losses[:-1].mean().item(),

@@ -112,7 +112,7 @@ def losses(
         hidden = family.encode_tokens(batch.ids).repeat(copies, 1, 1)
     x_t, target = (x.repeat(copies, 1, 1, 1) for x in (x_t, target))
     predicted = (predict or family.predict)(x_t, t.repeat(copies), hidden)
-    return (predicted - target).square().flatten(1).mean(1)
+    return mean_errors(predicted, target)
 
 
 def predict_copies(
@@ -135,7 +135,7 @@ def predict_copies(
 
 
 def mean_errors(predicted: Tensor, target: Tensor) -> Tensor:
-    """Losses [Q] of predictions [Q, B, C, h, w]: the mean squared error."""
+    """Mean squared error of each of the predictions [Q, ...]: [Q]."""
     return (predicted - target).square().flatten(1).mean(1)
 
 

@@ -31,7 +31,7 @@ COMMANDS = {
         Command(
             TextualInversionConfig,
             "persona.methods.textual_inversion:TextualInversion",
-            "learn a new word from a few pictures, by forward passes only (ZOODiP)",
+            "learn a new word from a few pictures, by forward passes only (Gauss-Newton, ZOODiP)",
         ),
         Command(
             ScaleTuningConfig,

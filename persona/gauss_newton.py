@@ -18,6 +18,8 @@ up the directions of one random rotation. All of this is ours. It needs both: fe
 such as matter (`persona.space`); `benchmarks.fewer_forwards` has either without the other.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,7 @@ class GaussNewton:
     def directions(self, step: int) -> Tensor:
         """Z of a step: fp64 [n, k], orthonormal rows."""
         rotation, block = divmod(step, self.size // self.n)
-        z = noise((self.size, self.size), seed=self.seed, draw=rotation, stream=0).double()
-        return torch.linalg.qr(z).Q.T[block * self.n :][: self.n]
+        return _rotation(self.size, self.seed, rotation)[block * self.n :][: self.n]
 
     def probes(self, u: Tensor, step: int) -> Tensor:
         """u and u + eps z_j: [n + 1, *u.shape] in its dtype."""
@@ -74,3 +75,10 @@ class GaussNewton:
         self.precision += share * directions.T @ (change @ change.T) @ directions
         gradient = share * directions.T @ (change @ residual)
         u -= torch.linalg.solve(self.precision, gradient).to(u.dtype).view_as(u)
+
+
+@lru_cache(maxsize=1)  # the probes and the update of a step need the same, as do the next steps
+def _rotation(size: int, seed: int, index: int) -> Tensor:
+    """Random orthonormal rows: fp64 [size, size]."""
+    z = noise((size, size), seed=seed, draw=index, stream=0).double()
+    return torch.linalg.qr(z).Q.T

@@ -31,7 +31,7 @@ class Space:
         moment: of "encoder", makes J^T J [d, d].
 
     Raises:
-        ValueError: unknown kind, or a rank that is negative or above d.
+        ValueError: unknown kind, a rank that is negative or above d, or "encoder" without a moment.
     """
 
     def __init__(

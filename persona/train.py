@@ -139,7 +139,7 @@ def textual_inversion(
     prompts: list[str] | None = None,
     progress: bool = True,
 ) -> Result:
-    """`train`: learn ``config.placeholder_token`` by forward passes only (ZOODiP).
+    """`train`: learn ``config.placeholder_token``, by forward passes or as `config` says.
 
     ``Result.saved`` is ``learned_embeds.safetensors``; its twin for other programs lies beside it.
     """

@@ -8,8 +8,8 @@ its perturbed copies, all in one batched forward where memory allows, projects t
 (Subspace Gradient), and lets Adam move the fp32 master row. Nothing but the row, its moments and
 the buffer is kept: no gradient, no activation, no second copy of a weight.
 
-Gauss-Newton (ours, `persona.gauss_newton`) learns from the same probes' predictions, not only from
-their losses.
+Gauss-Newton (ours, `persona.gauss_newton`) learns from what the UNet predicts at its probes, not
+only from their losses; its state is a matrix over the token's coordinates.
 
 By backpropagation (Gal et al. 2022, arXiv 2208.01618) the gradient is that of one forward, whose
 activations are kept for it. Only the new rows learn, so that nothing has to be restored.
@@ -315,6 +315,6 @@ class TextualInversion(Method):
         return path
 
     def metadata(self) -> dict[str, str]:
-        name = {"zo": "zoodip", "bp": "textual-inversion"}.get(self.config.optimizer)
-        name = name or self.config.optimizer
+        optimizer = self.config.optimizer
+        name = {"zo": "zoodip", "bp": "textual-inversion"}.get(optimizer, optimizer)
         return _method.metadata(self, self.config, name, len(self.batches))
