@@ -87,30 +87,36 @@ def summary(rows: Sequence[dict[str, Any]], titles: dict[str, str]) -> dict[str,
 def gains(rows: Sequence[dict[str, Any]], titles: dict[str, str], to: str) -> dict[str, Any]:
     """Each method against the method `to`, on the pairs of subject and seed that both have."""
     figures = ("fidelity", "retrieval", "trained_fidelity", "text", "style")
-    base = {(r["subject"], r["seed"]): r for r in rows if r["method"] == to}
     lines = []
     for name, title in titles.items():
-        own = [r for r in rows if r["method"] == name and (r["subject"], r["seed"]) in base]
+        own = _pairs(rows, name, to)
         if name == to or not own:
             continue
-        cells = []
-        for figure in figures:
-            differences = defaultdict(list)
-            for r in own:
-                if figure in r:
-                    other = base[r["subject"], r["seed"]][figure]
-                    differences[r["subject"]].append(r[figure] - other)
-            means = [statistics.mean(d) for d in differences.values()]
-            if not means:
-                cells.append("-")
-                continue
-            cells.append(with_error(means, 3))
-        lines.append([title, len(own), *cells])
+        means = [_by_subject(own, figure) for figure in figures]
+        lines.append([title, len(own), *(with_error(m, 3) if m else "-" for m in means)])
     return {
         "title": f"Difference to {titles[to]} on the same subjects and seeds, +- standard error",
         "columns": ["method", "pairs", *(COLUMNS[f] for f in figures)],
         "rows": lines,
     }
+
+
+Pair = tuple[dict[str, Any], dict[str, Any]]  # a row, and the other method's of subject and seed
+
+
+def _pairs(rows: Sequence[dict[str, Any]], name: str, to: str) -> list[Pair]:
+    others = {(r["subject"], r["seed"]): r for r in rows if r["method"] == to}
+    own = [r for r in rows if r["method"] == name]
+    return [(r, others[place]) for r in own if (place := (r["subject"], r["seed"])) in others]
+
+
+def _by_subject(pairs: Sequence[Pair], figure: str) -> list[float]:
+    """The mean difference of each subject whose rows have the figure."""
+    differences = defaultdict(list)
+    for own, other in pairs:
+        if figure in own:
+            differences[own["subject"]].append(own[figure] - other[figure])
+    return [statistics.mean(d) for d in differences.values()]
 
 
 def with_error(differences: Sequence[float], digits: int) -> str:
@@ -163,20 +169,17 @@ def write_trade(out: Path, rows: Sequence[dict[str, Any]], titles: dict[str, str
     """Likeness to the subject against what the prompt asks beside it, a point a method: its mean
     difference to the untrained class word on the same subjects and seeds. Methods with few subjects
     are left out."""
-    base = {(r["subject"], r["seed"]): r for r in rows if r["method"] == "base"}
-    pairs = defaultdict(list)  # method -> (row, the class word's)
-    for row in rows:
-        if "style" in row and (row["subject"], row["seed"]) in base:
-            pairs[row["method"]].append((row, base[row["subject"], row["seed"]]))
+    drawn = [row for row in rows if "style" in row]
+    pairs = {name: _pairs(drawn, name, "base") for name in titles}
     counts = {name: len({row["subject"] for row, _ in own}) for name, own in pairs.items()}
-    shown = [name for name in titles if counts.get(name, 0) >= PLOTTED * counts.get("base", 0) > 0]
+    shown = [name for name in titles if counts[name] >= PLOTTED * counts.get("base", 0) > 0]
     if not shown:
         return
     panels = []
     for figure in ("style", "text"):
         lines = [
             charts.Line(
-                titles[name], [(_gain(pairs[name], figure), _gain(pairs[name], "fidelity"))]
+                titles[name], [(_mean(pairs[name], figure), _mean(pairs[name], "fidelity"))]
             )
             for name in shown
         ]
@@ -186,8 +189,8 @@ def write_trade(out: Path, rows: Sequence[dict[str, Any]], titles: dict[str, str
     write_image(out.with_name(f"{out.stem}-trade.png"), charts.draw(panels), "out")
 
 
-def _gain(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], figure: str) -> float:
-    return statistics.mean(row[figure] - base[figure] for row, base in pairs)
+def _mean(pairs: Sequence[Pair], figure: str) -> float:
+    return statistics.mean(_by_subject(pairs, figure))
 
 
 def write_grid(
