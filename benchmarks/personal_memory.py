@@ -6,7 +6,8 @@
 UNet and text encoder have their published shapes and random weights, latents are 64 x 64 (pictures
 of 512), and a process of its own makes its peak that method's alone. Counted is the resident set at
 its peak over the steps, less what the process held when everything was imported. The VAE, which a
-run needs before training and after it, has left, as in a run; loading is not counted.
+run needs before training and after it, has left, as in a run; `benchmarks.run_memory` is of a whole
+run.
 """
 
 import argparse
@@ -17,17 +18,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import sd15
+from benchmarks import sd15, sd15_pipeline
 from benchmarks.personal_methods import load_method
 from benchmarks.timing import machine
-from benchmarks.unet_worker import peak_bytes, reset_peak
+from benchmarks.unet_worker import peak_bytes, reset_peak, resident_bytes
 from persona.base import quantize
 from persona.cli import COMMANDS
 from persona.config import RunConfig
@@ -37,8 +37,6 @@ from persona.files import write_json
 from persona.memory import give_back_large_blocks
 
 OUT = Path("benchmarks/results/personalization_memory.json")
-TOKENIZER = "persona/assets/tiny-sd/tokenizer"  # words cost no memory: any does
-SIZES = {"sd15": (49_408, 768, 12, 12), "tiny": (5000, 64, 1, 2)}  # words, width, layers, heads
 
 
 @dataclass(frozen=True)
@@ -97,36 +95,11 @@ CASES = {
 class Family(StableDiffusion):
     """UNet and text encoder of a size, with random weights, and latents without a VAE."""
 
-    def __init__(self, size: str) -> None:
-        from diffusers import DDPMScheduler
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-        words, width, layers, heads = SIZES[size]
-        tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=sd15.TOKENS)
-        text = CLIPTextConfig(
-            vocab_size=words,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=sd15.TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        self.size = sd15.ARCHITECTURES[size].size
-        pipe = SimpleNamespace(
-            unet=sd15.unet(size),
-            text_encoder=CLIPTextModel(text),
-            tokenizer=tokenizer,
-            vae=nn.Identity(),
-            scheduler=DDPMScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-            ),
-            vae_scale_factor=8,
-        )
+    def __init__(self, name: str) -> None:
+        self.size = sd15.ARCHITECTURES[name].size
+        pipe = sd15_pipeline.pipeline(name)
+        pipe.vae = None
         super().__init__(pipe)
-        self.release_vae()
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         shape = (len(pixels), 4, *(side // 8 for side in pixels.shape[2:]))
@@ -138,14 +111,14 @@ def measure(name: str, size: str) -> dict[str, int]:
     """In a process of its own: bytes after importing, after loading, at the peak of the steps."""
     case = CASES[name]
     give_back_large_blocks()  # as `persona.train.train` does
-    imported = _resident()
+    imported = resident_bytes()
     family = Family(size)
     quantize(case.config, family)
     pixels = 8 * family.size
     examples = [Example(Path("a.png"), Image.new("RGB", (pixels, pixels)), ("a photo of {}",))]
     method = load_method(case.method)(family, case.config, examples) if case.method else None
     reset_peak()
-    loaded = _resident()
+    loaded = resident_bytes()
     peak = 0
     for _ in range(case.steps):
         if method is None:
@@ -161,11 +134,6 @@ def _forward(family: StableDiffusion) -> None:
     hidden = family.encode_tokens(family.tokenize(["a photo of light"]))
     x, _ = family.encode_images(torch.zeros(1, 3, 8 * family.size, 8 * family.size))
     family.predict(x, torch.tensor([500]), hidden)
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
 
 
 def row(name: str, size: str) -> dict[str, int]:
@@ -198,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m benchmarks.personal_memory``; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.personal_memory")
     parser.add_argument("--methods", default=",".join(CASES), help="default: all")
-    parser.add_argument("--size", default="sd15", choices=sorted(SIZES))
+    parser.add_argument("--size", default="sd15", choices=sorted(sd15.ARCHITECTURES))
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -170,7 +170,7 @@ def setting(
     subjects = {}
     for spec in specs:
         family = StableDiffusion(load_pipeline(model))
-        family.release_vae()
+        family.pipe.vae = None
         if spec != "fp32":
             family.quantize(QuantConfig(spec, headroom=HEADROOM))
         subjects[spec] = Subject(family, theta, ids, base.pipe.unet)

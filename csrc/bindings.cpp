@@ -87,6 +87,8 @@ PYBIND11_MODULE(_C, m) {
   }, "The instruction sets that this machine and this build have, slowest first.");
   m.def("set_isa", &zo::cpu::set_isa, py::arg("name"),
         "Use this instruction set from now on; ValueError with the reason if it cannot run.");
+  m.def("trim_pool", &zo::cpu::trim_pool,
+        "Give what the pool of large outputs holds free back to the system; returns the bytes.");
   m.def("pool_use", [] {
     const zo::cpu::PoolUse use = zo::cpu::pool_use();
     return py::dict(py::arg("mapped") = use.mapped, py::arg("taken") = use.taken);

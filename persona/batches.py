@@ -29,7 +29,7 @@ class Batches:
     """Every picture's latents (and its mirror image's) and every prompt's token ids.
 
     Args:
-        family: its VAE is used here and may leave afterwards.
+        family: its VAE is used here and leaves; ask for no UNet before, or both are there at once.
         examples: the pictures with their prompts.
         config: train_batch_size, random_flip and the window of timesteps.
         words: what stands for ``{}`` in the prompts.
@@ -50,6 +50,7 @@ class Batches:
         self.own = images[0].width
         # Pixels a side -> mean and standard deviation, [views, pictures, C, h, w] each.
         self.latents = {side: self._encode(images, side) for side in resolutions or (self.own,)}
+        family.release("vae")
         self.ids = [family.tokenize([p.replace("{}", words) for p in e.prompts]) for e in examples]
 
     def __len__(self) -> int:
@@ -129,7 +130,7 @@ def predict_copies(
     encoded = family.encode_tokens(ids.repeat(count, 1))
     which = which.to(family.device, non_blocking=True)
     hidden = encoded.unflatten(0, (count, -1))[:, which].flatten(0, 1)  # [Q * B, T, d]
-    with shared_prefix(family.pipe.unet, count):
+    with shared_prefix(family.unet, count):
         predicted = (predict or family.predict)(x_t.repeat(count, 1, 1, 1), t.repeat(count), hidden)
     return predicted.unflatten(0, (count, -1)), target
 

@@ -47,7 +47,7 @@ def record(
             calls.append(((args[0].clone(), args[1].clone(), text.clone()), {}))
         count += 1
 
-    handle = family.pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = family.unet.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         for start in range(0, len(prompts), batch):
             some = list(prompts[start : start + batch])
@@ -75,7 +75,7 @@ def calibrate(
     Returns:
         Errors of each block; see `zo_kernels.quant.reconstruct_`.
     """
-    unet = family.pipe.unet
+    unet = family.unet
     with torch.no_grad():
         calls = record(family, prompts, **sampling)
     errors = reconstruct_(unet, calls, config, BLOCKS, how)

@@ -99,6 +99,7 @@ def _preset(argv: Sequence[str] | None, default: str) -> str:
 
 
 def _run(command: Command, args: argparse.Namespace) -> int:
+    from persona.memory import human
     from persona.train import train
 
     module, _, name = command.method.partition(":")
@@ -113,6 +114,8 @@ def _run(command: Command, args: argparse.Namespace) -> int:
         print(f"persona: {told}", file=sys.stderr)
         return 130
     print(f"{result.saved}: {result.steps} steps, {result.forwards} forwards")
+    peaks = ", ".join(f"{human(peak)} {part}" for part, peak in result.peaks.items())
+    print(f"highest memory: {peaks}")
     if result.rejected:
         print(f"{result.rejected} steps changed nothing: their loss was not finite")
     return 0

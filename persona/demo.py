@@ -80,7 +80,7 @@ def summary(runs: list[dict[str, Any]], names: dict[str, str]) -> str:
                 *(f"{before[k]:.3f} -> {after[k]:.3f}" for k in ("subject", "text", "style")),
                 f"{result.forwards}",
                 f"{result.seconds:.0f}",
-                human(result.peak_bytes),
+                human(max(result.peaks.values())),
             ]
         )
     header = ("seed", "subject", "text", "style", "forwards", "seconds", "peak memory")

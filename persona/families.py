@@ -4,8 +4,9 @@
 So far: Stable Diffusion 1.x and 2.x.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from persona.errors import UserError
 from persona.fused import fuse_
-from persona.memory import trim
+from persona.memory import trim, trim_all
+from persona.parts import MODELS, Parts
 from persona.quiet import errors_only, no_bars
 from zo_kernels.quant import QuantConfig, QuantReport, quantize_
 
@@ -26,34 +28,58 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # `StableDiffusion.predict
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
+# Nothing checks or prepares pictures for other models.
+_WITHOUT: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+
+
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The pipeline of a local folder or hub id.
+    """The pipeline of a local folder or hub id, whole, in floats.
 
     Raises:
         UserError: the folder lacks parts, or nothing can be loaded from it.
     """
+    folder = model_folder(model)
+    with _named(model), no_bars():
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, **_WITHOUT)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model: itself, or where a hub id's files lie, fetched if they must be.
+
+    Raises:
+        UserError: a local folder lacks parts, or the hub has no such model or cannot be reached.
+    """
     folder = Path(model)
-    if folder.exists():
-        missing = [p for p in (*PARTS, "model_index.json") if not (folder / p).exists()]
-        if missing:
-            raise UserError(
-                f"pretrained_model_name_or_path: must be a diffusers model folder with "
-                f"{', '.join(PARTS)}, got {model} without {', '.join(missing)}; "
-                "copy the whole folder"
-            )
+    if not folder.exists():
+        with _named(model):
+            return Path(StableDiffusionPipeline.download(model, **_WITHOUT))
+    missing = [p for p in (*PARTS, "model_index.json") if not (folder / p).exists()]
+    if missing:
+        raise UserError(
+            f"pretrained_model_name_or_path: must be a diffusers model folder with "
+            f"{', '.join(PARTS)}, got {model} without {', '.join(missing)}; "
+            "copy the whole folder"
+        )
+    return folder
+
+
+@contextmanager
+def _named(model: Any) -> Iterator[None]:
+    """Tells of what the libraries raise while they read a model: many kinds, three libraries."""
     try:
-        with no_bars() if folder.exists() else nullcontext():  # a download takes long: shown
-            pipe = StableDiffusionPipeline.from_pretrained(
-                model, dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-    except Exception as error:  # of many kinds, from three libraries
+        yield
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             "pretrained_model_name_or_path: must name a Stable Diffusion model in diffusers' "
             f"format, got {model} ({reason}); check the folder or the network"
         ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def a_weight(model: torch.nn.Module) -> Tensor:
@@ -67,23 +93,74 @@ class StableDiffusion:
 
     Args:
         pipe: its modules are used in place and frozen; nothing is copied.
+        parts: where its models come from when they are first asked for, and again after `release`;
+            None: they are those of `pipe`, and stay.
+
+    Attributes:
+        resolution: pixels a side that the UNet was trained on.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe  # diffusers sets the modules by name: untyped
-        for module in (pipe.unet, pipe.text_encoder, pipe.vae):
-            module.requires_grad_(False).eval()
+    def __init__(self, pipe: Any, parts: Parts | None = None) -> None:
+        self.pipe, self.parts = pipe, parts  # diffusers sets the modules by name: untyped
+        self.resolution: int = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        for name in MODELS:
+            if parts is not None:
+                pipe.register_modules(**{name: None})
+            elif (model := getattr(pipe, name)) is not None:
+                model.requires_grad_(False).eval()
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         self.abar = self.schedule.alphas_cumprod  # [T]
 
-    @property
-    def device(self) -> torch.device:
-        return a_weight(self.pipe.unet).device
+    @classmethod
+    def in_parts(cls, parts: Parts) -> "StableDiffusion":
+        """A model whose parts come when they are asked for: tokenizer and schedule are there.
+
+        Raises:
+            UserError: the folder is none of such a model.
+        """
+        with _named(parts.folder), no_bars():
+            empty = {name: parts.empty(name) for name in MODELS}
+            pipe = StableDiffusionPipeline.from_pretrained(parts.folder, **empty, **_WITHOUT)
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe, parts)
 
     @property
-    def resolution(self) -> int:
-        """Pixels a side that the UNet was trained on."""
-        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+    def unet(self) -> Any:
+        return self.need("unet").unet
+
+    @property
+    def text_encoder(self) -> Any:
+        return self.need("text_encoder").text_encoder
+
+    @property
+    def vae(self) -> Any:
+        return self.need("vae").vae
+
+    def need(self, *names: str) -> Any:
+        """The pipeline, with these parts there.
+
+        Raises:
+            UserError: a part cannot be read.
+        """
+        for name in names:
+            if self.parts is not None and getattr(self.pipe, name) is None:
+                with _named(self.parts.folder), no_bars():
+                    model = self.parts.load(name)
+                self.pipe.register_modules(**{name: model})
+                trim_all(self.device)
+        return self.pipe
+
+    def release(self, *names: str) -> None:
+        """Let parts go until they are asked for again: as they were loaded, what a method changed
+        in them is lost. Without `parts` they stay."""
+        if self.parts is not None:
+            self.pipe.register_modules(**dict.fromkeys(names))
+            gc.collect()  # a model may hold itself, by a hook
+            trim_all(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return a_weight(self.pipe.unet).device if self.parts is None else self.parts.device
 
     def quantize(
         self, config: QuantConfig, unet: QuantConfig | None = None
@@ -104,21 +181,12 @@ class StableDiffusion:
 
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled mean and standard deviation, [B, C, h, w] each; pixels are [B, 3, H, W]."""
-        vae = self.pipe.vae
+        vae = self.vae
         with torch.inference_mode():
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
             scale = vae.config.scaling_factor
             mean, std = posterior.mean.float() * scale, posterior.std.float() * scale
         return mean.clone(), std.clone()
-
-    def release_vae(self) -> Any:
-        """Let the VAE go: training needs the cached latents only.
-
-        Returns:
-            The VAE, for a caller that draws pictures later and sets ``pipe.vae`` again.
-        """
-        vae, self.pipe.vae = self.pipe.vae, None
-        return vae
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids, int64 [B, T] on the CPU, padded as the pipeline pads."""
@@ -133,7 +201,7 @@ class StableDiffusion:
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, d] of token ids [B, T]."""
-        return self.pipe.text_encoder(ids.to(self.device, non_blocking=True))[0]
+        return self.text_encoder(ids.to(self.device, non_blocking=True))[0]
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return self.schedule.add_noise(x0, noise, t)
@@ -152,7 +220,7 @@ class StableDiffusion:
 
     def predict(self, x_t: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
         """fp32 prediction [B, C, h, w]."""
-        unet = self.pipe.unet
+        unet = self.unet
         dtype = a_weight(unet).dtype
         predicted: Tensor = unet(x_t.to(dtype), t, hidden.to(dtype)).sample.float()
         if self.device.type == "cpu":
@@ -166,14 +234,59 @@ class StableDiffusion:
         seed: int,
         steps: int,
         guidance: float,
-        batch: int = 16,
+        batch: int | None = None,
     ) -> list[Image.Image]:
-        """One picture a prompt; number i starts from noise ``seed + i``, whatever the batch."""
-        out: list[Image.Image] = []
-        for start in range(0, len(prompts), batch):
-            part = prompts[start : start + batch]
+        """One picture a prompt; number i starts from noise ``seed + i``, whatever the batch.
+
+        Args:
+            batch: pictures at a time; default: as many as have the latents of one large one.
+        """
+        if not prompts:
+            return []
+        return self.decode(
+            self.sample_latents(prompts, seed=seed, steps=steps, guidance=guidance, batch=batch)
+        )
+
+    def sample_latents(
+        self,
+        prompts: list[str],
+        *,
+        seed: int,
+        steps: int,
+        guidance: float,
+        batch: int | None = None,
+    ) -> Tensor:
+        """What `sample` decodes: scaled latents [B, C, h, w] of at least one prompt, without the
+        VAE."""
+        pipe = self.need("unet", "text_encoder")
+        side = pipe.unet.config.sample_size
+        size = batch or at_a_time(side * side)
+        out: list[Tensor] = []
+        for start in range(0, len(prompts), size):
+            part = prompts[start : start + size]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-            out += self.pipe(
-                part, num_inference_steps=steps, guidance_scale=guidance, generator=generators
+            out += pipe(
+                part,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="latent",
             ).images
+        return torch.stack(out)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """PIL pictures of scaled latents [B, C, h, w]."""
+        vae = self.vae
+        out: list[Image.Image] = []
+        for some in latents.split(at_a_time(latents[0, 0].numel())):
+            scaled = some.to(vae.device, vae.dtype) / vae.config.scaling_factor
+            images = vae.decode(scaled, return_dict=False)[0]
+            out += self.pipe.image_processor.postprocess(images)
         return out
+
+
+def at_a_time(values: int) -> int:
+    """Pictures of so many latent pixels each that are drawn together: 16 of 16 x 16 latents, 1 of
+    64 x 64, whose activations would else be the most that a run holds."""
+    return max(1, min(16, 64 * 64 // values))

@@ -18,6 +18,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from persona.fused_attention import (
@@ -28,6 +29,8 @@ from persona.fused_attention import (
 )
 from zo_kernels.nn import QuantConv2d
 from zo_kernels.ops import group_norm, group_norm_quantize
+
+_ENLARGED_VALUES = 1 << 23  # of an input between two pixels and the convolution, at a time
 
 
 def fuse_(model: nn.Module) -> int:
@@ -45,6 +48,15 @@ def fuse_(model: nn.Module) -> int:
     for module in model.modules():
         if type(module) is ResnetBlock2D and _can_fuse(module):
             module.__class__ = FusedResnetBlock2D
+            count += 1
+        elif (
+            type(module) is Upsample2D
+            and module.interpolate
+            and module.norm is None
+            and module.name == "conv"
+            and _by_rows(module.conv)
+        ):
+            module.__class__ = FusedUpsample2D
             count += 1
         elif type(module) is Attention and can_fuse_attention(module):
             processor: Any = FusedAttnProcessor()  # diffusers lists the processors it knows
@@ -73,10 +85,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
         shift = None
         if self.time_emb_proj is not None:
             shift = self.time_emb_proj(F.silu(temb))  # [B, C]
+        x, how = _norm_for(self.conv2, self.norm2, hidden, shift)
+        del hidden  # in a VAE the largest there is
         residual = input_tensor
         if self.conv_shortcut is not None:
             residual = self.conv_shortcut(input_tensor)
-        return _norm_conv(self.norm2, self.conv2, hidden, shift, residual)
+        return self.conv2(x, residual=residual, **how)
 
 
 def _can_fuse(block: Any) -> bool:
@@ -84,11 +98,50 @@ def _can_fuse(block: Any) -> bool:
         isinstance(block.nonlinearity, nn.SiLU)
         and block.upsample is None
         and block.downsample is None
-        and block.time_embedding_norm == "default"
-        and (block.time_emb_proj is None or not block.skip_time_act)
+        and (
+            block.time_emb_proj is None  # as in a VAE, which names another norm and has none
+            or (block.time_embedding_norm == "default" and not block.skip_time_act)
+        )
         and block.output_scale_factor == 1
         and all(type(norm) is nn.GroupNorm for norm in (block.norm1, block.norm2))
         and _are_integer(block, "conv1", "conv2")
+    )
+
+
+class FusedUpsample2D(Upsample2D):
+    """An `Upsample2D` of an integer convolution on floating activations, some rows at a time: the
+    enlarged input, as large as the output, is never whole."""
+
+    def forward(
+        self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        x = hidden_states
+        conv: Any = self.conv
+        b, c, h, w = x.shape
+        rows = max(1, _ENLARGED_VALUES // (4 * b * c * w))  # of the input
+        if torch.is_grad_enabled() or output_size is not None or rows >= h or not _by_rows(conv):
+            return super().forward(x, output_size, *args, **kwargs)
+        out: Tensor | None = None
+        for top in range(0, h, rows):
+            first, end = max(0, top - 1), min(h, top + rows + 1)  # a row more on either side
+            part = conv(F.interpolate(x[:, :, first:end], scale_factor=2.0, mode="nearest"))
+            if out is None:
+                out = part.new_empty(b, part.shape[1], 2 * h, 2 * w).contiguous(
+                    memory_format=torch.channels_last
+                )
+            bottom = min(h, top + rows)
+            out[:, :, 2 * top : 2 * bottom] = part[:, :, 2 * (top - first) : 2 * (bottom - first)]
+        assert out is not None
+        return out
+
+
+def _by_rows(conv: Any) -> bool:
+    """Whether rows of the output depend on few of the input: int8 activations share a scale."""
+    return (
+        isinstance(conv, QuantConv2d)
+        and conv.spec.act_bits != 8
+        and (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        and conv.dilation == (1, 1)
     )
 
 
@@ -123,15 +176,20 @@ def _are_integer(block: Any, *names: str) -> bool:
     return all(isinstance(getattr(block, name, None), QuantConv2d) for name in names)
 
 
-def _norm_conv(
-    norm: nn.GroupNorm,
+def _norm_conv(norm: nn.GroupNorm, conv: Any, x: Tensor, activation: str = "silu") -> Tensor:
+    """conv(activation(norm(x)))."""
+    y, how = _norm_for(conv, norm, x, activation=activation)
+    return conv(y, **how)
+
+
+def _norm_for(
     conv: Any,  # QuantConv2d; diffusers declares another class
+    norm: nn.GroupNorm,
     x: Tensor,
     shift: Tensor | None = None,
-    residual: Tensor | None = None,
     activation: str = "silu",
-) -> Tensor:
-    """conv(activation(norm(x + shift))) + residual."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """activation(norm(x + shift)) as the convolution takes it, and what to tell the convolution."""
     normalize: Callable[..., Any] = group_norm
     if conv.spec.act_bits == 8 and conv.in_scale is None:
         normalize = group_norm_quantize
@@ -139,6 +197,6 @@ def _norm_conv(
         x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, shift=shift, activation=activation
     )
     if isinstance(y, Tensor):
-        return conv(y, residual=residual)
+        return y, {}
     codes, scale = y
-    return conv(codes, x_scale=scale, residual=residual, out_dtype=x.dtype)
+    return codes, {"x_scale": scale, "out_dtype": x.dtype}

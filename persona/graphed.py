@@ -18,4 +18,4 @@ def graphed(family: StableDiffusion) -> Predict:
             f"cuda_graph: must be left out where the model is on a device that has no CUDA graphs, "
             f"got {family.device}; move the model to a CUDA device"
         )
-    return Graphed(family.pipe.unet, family.predict)
+    return Graphed(family.unet, family.predict)

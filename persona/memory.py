@@ -4,20 +4,20 @@
 import ctypes
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 
+from zo_kernels import empty_cache
 from zo_kernels.quant.convert import model_bytes
 
-T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SMALL = 1 << 26  # bytes of a UNet below which `blocks_of_small_kept` acts
-_earlier: dict[str, int] = {}  # device -> highest point before the last `peak_of`
+_earlier: dict[str, int] = {}  # device -> highest point before the peak began anew
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -25,20 +25,33 @@ def peak_bytes(device: torch.device) -> int:
     return max(_measured(device), _earlier.get(str(device), 0))
 
 
-def peak_of(call: Callable[[], T], device: torch.device) -> tuple[T, int]:
-    """What ``call`` returns, and the highest point while it ran.
+@dataclass
+class Peak:
+    """The highest point of a block that has ended, in bytes."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[Peak]:
+    """The highest point within the block; blocks may lie in one another.
 
     It includes what the process held before, and on the CPU memory that was freed but not given
     back. Where the system cannot begin anew (not Linux), it is the highest point so far.
     """
-    _earlier[str(device)] = peak_bytes(device)
+    peak, name = Peak(), str(device)
+    before = peak_bytes(device)
+    _earlier[name] = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
-    result = call()
-    return result, _measured(device)
+    try:
+        yield peak
+    finally:
+        peak.bytes = peak_bytes(device)
+        _earlier[name] = max(before, peak.bytes)
 
 
 def give_back_large_blocks() -> None:
@@ -89,6 +102,15 @@ def trim() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def trim_all(device: torch.device) -> None:
+    """`trim`, and the caches that serve a forward pass after the other: for the end of a part of a
+    run, after which other sizes come."""
+    empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim()
 
 
 def _measured(device: torch.device) -> int:

@@ -23,7 +23,7 @@ class ScaleParameters:
     """
 
     def __init__(self, family: StableDiffusion) -> None:
-        self.unet = family.pipe.unet
+        self.unet = family.unet
         self.served = Intervals.uniform(1, len(family.abar))
         self.sets = ScaleSets(self.unet, ("scale",), 1, relative=True)
         own = nn.Parameter(self.sets.theta[0])

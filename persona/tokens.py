@@ -50,20 +50,30 @@ def add_placeholder(tokenizer: Any, token: str, num_vectors: int) -> list[int]:
     return tokenizer.convert_tokens_to_ids(names)
 
 
-def initial_rows(tokenizer: Any, table: Tensor, initializer: str, num_vectors: int) -> Tensor:
-    """fp32 [num_vectors, d] on the CPU: the row of the one-token word ``initializer``, repeated.
+def initial_id(tokenizer: Any, initializer: str) -> int:
+    """The token that a new word starts from.
 
     Raises:
         UserError: the word is not exactly one token of the vocabulary.
     """
-    ids = tokenizer.encode(initializer, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(initializer, add_special_tokens=False)
     if len(ids) != 1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise UserError(
             f"initializer_token: must be one token of the vocabulary, got {initializer!r}, which "
             f"is {len(ids)} ({' '.join(pieces)}); take a more common word for the class"
         )
-    return table[ids[0]].detach().to("cpu", torch.float32).repeat(num_vectors, 1)
+    return ids[0]
+
+
+def initial_rows(tokenizer: Any, table: Tensor, initializer: str, num_vectors: int) -> Tensor:
+    """fp32 [num_vectors, d] on the CPU: the row of the one-token word ``initializer``, repeated.
+
+    Raises:
+        UserError: see `initial_id`.
+    """
+    row = table[initial_id(tokenizer, initializer)]
+    return row.detach().to("cpu", torch.float32).repeat(num_vectors, 1)
 
 
 def expand(prompt: str, token: str, num_vectors: int) -> str:

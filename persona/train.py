@@ -12,17 +12,25 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import zo_kernels
 from persona import checkpoint
-from persona.base import load_base
+from persona.base import open_base
 from persona.config import RunConfig, TextualInversionConfig
 from persona.data import Example, load_folder
 from persona.errors import UserError
 from persona.families import StableDiffusion
 from persona.files import make_folder, write_image, write_json
-from persona.memory import blocks_of_small_kept, give_back_large_blocks, human, peak_bytes
+from persona.memory import (
+    blocks_of_small_kept,
+    give_back_large_blocks,
+    human,
+    peak_bytes,
+    peak_of,
+    trim_all,
+)
 from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
 from persona.report import MetricsLog, grid
@@ -34,7 +42,8 @@ SMOOTHING = 0.98  # of the loss shown in the progress bar
 @dataclass(frozen=True)
 class Result:
     """A finished run. ``saved`` is what other programs load; ``before`` and ``after`` are pictures
-    of the same prompts and seeds."""
+    of the same prompts and seeds; ``peaks`` has the bytes at the highest point of each part of the
+    run, of the whole process on the CPU, of torch on CUDA."""
 
     examples: list[Example]
     output: Path
@@ -43,7 +52,7 @@ class Result:
     forwards: int
     rejected: int
     seconds: float
-    peak_bytes: int
+    peaks: dict[str, int]
     before: list[Image.Image]
     after: list[Image.Image]
 
@@ -90,46 +99,53 @@ def train(
         state = checkpoint.load(checkpoint_file, config.recipe())
 
     give_back_large_blocks()
-    family = load_base(config)
+    family = open_base(config)
     examples = load_folder(
         Path(config.train_data_dir),
         resolution=config.resolution or family.resolution,
         learnable_property=config.learnable_property,
         center_crop=config.center_crop,
     )
-    method = method_class(family, config, examples)
+    peaks: dict[str, int] = {}
+    with _part_of_run("loading", peaks, family):
+        method = method_class(family, config, examples)
+        family.need("text_encoder", "unet")
     shown = _validation_prompts(config, prompts)
-    before = _pictures(family, config, shown)
+    with _part_of_run("pictures before", peaks, family):
+        before = _latents(family, config, shown)
     if state:
         method.load_state_dict(state[0])
 
-    vae = family.release_vae()  # latents are cached
-    if not shown:
-        del vae
     write_json(config.output / "config.json", dataclasses.asdict(config) | _versions())
     started = time.monotonic()
-    with blocks_of_small_kept(family.pipe.unet):
+    with _part_of_run("training", peaks, family), blocks_of_small_kept(family.unet):
         _train(method, config, checkpoint_file, progress)
     seconds = time.monotonic() - started
 
     saved = method.save(config.output)
-    after = []
+    with _part_of_run("pictures after", peaks, family):
+        after = _latents(family, config, shown)
+    counts = {name: getattr(method, name) for name in ("steps", "forwards", "rejected")}
+    # The VAE's activations are as large as the UNet: they take turns. A method holds both models.
+    del method
+    family.release("text_encoder", "unet")
+    with _part_of_run("decoding", peaks, family):
+        drawn = {
+            when: family.decode(latents) if latents is not None else []
+            for when, latents in (("before", before), ("after", after))
+        }
     if shown:
-        family.pipe.vae = vae
-        after = _pictures(family, config, shown)
-        rows = [("pictures", [e.image for e in examples]), ("before", before), ("after", after)]
+        rows = [("pictures", [e.image for e in examples]), *drawn.items()]
         write_image(config.output / "grid.png", grid(rows))
     return Result(
         examples=examples,
         output=config.output,
         saved=saved,
-        steps=method.steps,
-        forwards=method.forwards,
-        rejected=method.rejected,
         seconds=seconds,
-        peak_bytes=peak_bytes(family.device),
-        before=before,
-        after=after,
+        peaks=peaks,
+        before=drawn["before"],
+        after=drawn["after"],
+        **counts,
     )
 
 
@@ -210,15 +226,25 @@ def _validation_prompts(config: RunConfig, prompts: list[str] | None) -> list[st
     return [p.replace("{}", config.subject) for p in prompts]
 
 
-def _pictures(family: StableDiffusion, config: RunConfig, prompts: list[str]) -> list[Image.Image]:
+def _latents(family: StableDiffusion, config: RunConfig, prompts: list[str]) -> Tensor | None:
+    """Of pictures of the prompts; decoded they are when all else is done."""
     if not prompts:
-        return []
-    return family.sample(
+        return None
+    return family.sample_latents(
         prompts,
         seed=config.seed,
         steps=config.num_inference_steps,
         guidance=config.guidance_scale,
     )
+
+
+@contextmanager
+def _part_of_run(name: str, peaks: dict[str, int], family: StableDiffusion) -> Iterator[None]:
+    """The block, its peak noted in ``peaks``."""
+    with peak_of(family.device) as peak:
+        yield
+    peaks[name] = peak.bytes
+    trim_all(family.device)
 
 
 def _versions() -> dict[str, str]:

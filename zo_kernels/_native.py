@@ -29,6 +29,19 @@ def binding() -> ModuleType | None:
     return module
 
 
+def empty_cache() -> int:
+    """Give memory that outputs of the CPU kernels had, and that no tensor holds, to the system.
+
+    Up to 128 MiB are kept for the next outputs otherwise. For between two uses of another size,
+    such as drawing pictures and training; `torch.cuda.empty_cache` is the same on a GPU.
+
+    Returns:
+        How many bytes.
+    """
+    module = binding()
+    return 0 if module is None else int(module.trim_pool())
+
+
 @cache
 def load_ops() -> str | None:
     """Load the C++ kernels into torch's dispatcher; None, or the reason why there are none."""

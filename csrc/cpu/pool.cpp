@@ -66,10 +66,14 @@ class Pool {
     const auto at = std::prev(regions_.upper_bound(block));
     Region& region = at->second;
     close(region.holes, region.holes.emplace(block, bytes).first);
-    if (!region.is_free() || use_.mapped - use_.taken <= kKept) return;
-    munmap(at->first, static_cast<size_t>(region.bytes));
-    use_.mapped -= region.bytes;
-    regions_.erase(at);
+    if (region.is_free() && use_.mapped - use_.taken > kKept) unmap(at);
+  }
+
+  int64_t trim() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t before = use_.mapped;
+    for (auto at = regions_.begin(); at != regions_.end();) at = at->second.is_free() ? unmap(at) : std::next(at);
+    return before - use_.mapped;
   }
 
   PoolUse use() {
@@ -78,6 +82,14 @@ class Pool {
   }
 
  private:
+  using Regions = std::map<char*, Region>;  // begin -> region
+
+  Regions::iterator unmap(Regions::iterator at) {
+    munmap(at->first, static_cast<size_t>(at->second.bytes));
+    use_.mapped -= at->second.bytes;
+    return regions_.erase(at);
+  }
+
   // The first bytes of a hole become a block.
   char* cut(Region& region, Blocks::iterator hole, int64_t bytes) {
     const auto [begin, size] = *hole;
@@ -103,7 +115,7 @@ class Pool {
   }
 
   std::mutex mutex_;
-  std::map<char*, Region> regions_;  // begin -> region
+  Regions regions_;
   Blocks taken_;
   PoolUse use_{0, 0};
 };
@@ -117,6 +129,7 @@ Pool& pool() {
 
 void* take_block(int64_t bytes) { return pool().take(bytes); }
 void give_block(void* block) { pool().give(static_cast<char*>(block)); }
+int64_t trim_pool() { return pool().trim(); }
 PoolUse pool_use() { return pool().use(); }
 
 }  // namespace zo::cpu

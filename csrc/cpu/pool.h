@@ -20,6 +20,9 @@ void* take_block(int64_t bytes);
 // Gives back a block of `take_block`; any thread may call.
 void give_block(void* block);
 
+// Gives every region without a block back to the system; returns their bytes. Any thread may call.
+int64_t trim_pool();
+
 struct PoolUse {
   int64_t mapped, taken;  // bytes
 };

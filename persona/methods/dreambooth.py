@@ -52,7 +52,7 @@ class DreamBooth(Method):
         if config.with_prior_preservation:
             pictures = class_pictures(family, config, self.batches.own)
             self.prior = Batches(family, pictures, config, config.subject)
-        unet = family.pipe.unet
+        unet = family.unet
         if config.trainable == "lora":
             from persona.lora import Lora  # peft is needed for no other method
 
@@ -115,7 +115,7 @@ class DreamBooth(Method):
 
 def _save_unet(family: StableDiffusion, folder: Path) -> Path:
     """A folder for ``UNet2DConditionModel.from_pretrained``; the weights are never half there."""
-    unet, place = family.pipe.unet, folder / WHOLE
+    unet, place = family.unet, folder / WHOLE
     make_folder(place)
     try:
         unet.save_config(place)

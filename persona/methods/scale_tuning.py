@@ -127,8 +127,9 @@ class ScaleTuning(Method):
         self, family: StableDiffusion, config: ScaleTuningConfig, examples: list[Example]
     ) -> None:
         self.family, self.config = family, config
-        self.unet = family.pipe.unet
         self.served = config.served(len(family.abar))
+        self.batches = Batches(family, examples, config, config.subject)
+        self.unet = family.unet
         kinds = ("scale", "in_scale") if config.method == "tuneqdm" else ("scale",)
         self.sets = ScaleSets(
             self.unet, kinds, self.served.count, config.parametrization == "relative"
@@ -141,7 +142,6 @@ class ScaleTuning(Method):
         self.predict = graphed(family) if graph else None
         self.steps = 0
         self.rejected = 0  # steps whose loss was not finite
-        self.batches = Batches(family, examples, config, config.subject)
         self._sample_timesteps()  # that there are some
         if config.optimizer == "bp":
             self.backprop = Backprop([theta.requires_grad_() for theta in self.sets.theta], config)

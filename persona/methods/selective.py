@@ -87,7 +87,7 @@ class Selective(Method):
         self.trainable = _trainable(family, config)
         self.parameters = self.trainable.parameters
         if config.gradient_checkpointing:
-            family.pipe.unet.enable_gradient_checkpointing()
+            family.unet.enable_gradient_checkpointing()
         self.backprop = Backprop(self.parameters.values(), config)
         self.zo = ZOSGD(
             self.parameters.items(),
@@ -114,8 +114,9 @@ class Selective(Method):
         kind = self.kind(t, coin)
         batch = self.batches.draw(self.generator, t, resolution=self.resolutions[kind])
         update = self._probe if kind == "zo-high" else self._backpropagate
-        (loss, accepted), peak = peak_of(lambda: update(batch), self.family.device)
-        self.peaks[kind] = max(self.peaks[kind], peak)
+        with peak_of(self.family.device) as peak:
+            loss, accepted = update(batch)
+        self.peaks[kind] = max(self.peaks[kind], peak.bytes)
         self.steps += 1
         self.counts[kind] += 1
         self.rejected += not accepted
@@ -179,7 +180,7 @@ def _trainable(family: StableDiffusion, config: SelectiveConfig) -> Trainable:
     if config.trainable == "lora":
         from persona.lora import Lora  # peft is needed for nothing else
 
-        return Lora(family.pipe.unet, config.rank, config.lora_targets, config.seed)
+        return Lora(family.unet, config.rank, config.lora_targets, config.seed)
     from persona.scale_parameters import ScaleParameters
 
     return ScaleParameters(family)

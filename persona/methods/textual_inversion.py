@@ -39,7 +39,7 @@ from persona.methods._method import Method, Step
 from persona.optimizer_state import part_of, prefixed
 from persona.space import Space
 from persona.subspace import SubspaceGradient
-from persona.tokens import TokenHook, add_placeholder, expand, initial_rows
+from persona.tokens import TokenHook, add_placeholder, expand, initial_id, initial_rows
 from zo_kernels.estimators import Estimator
 from zo_kernels.optim import adam_update_
 
@@ -61,22 +61,23 @@ class TextualInversion(Method):
         self, family: StableDiffusion, config: TextualInversionConfig, examples: list[Example]
     ) -> None:
         self.family, self.config = family, config
-        self.predict = graphed(family) if config.cuda_graph else None
-        embedding = family.pipe.text_encoder.get_input_embeddings()
         tokenizer = family.pipe.tokenizer
+        initial_id(tokenizer, config.initializer_token)  # or told before pictures are encoded
+        ids = add_placeholder(tokenizer, config.placeholder_token, config.num_vectors)
+        word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
+        self.batches = Batches(family, examples, config, word)
+        embedding = family.text_encoder.get_input_embeddings()
         self.theta = initial_rows(
             tokenizer, embedding.weight, config.initializer_token, config.num_vectors
-        )
+        )  # [R, d]
         width = self.theta.shape[1]
         if config.zo_rank > width:
             raise UserError(
                 f"zo_rank: must be at most the embedding's {width} dimensions, got "
                 f"{config.zo_rank}; 0 takes all"
             )
-        ids = add_placeholder(tokenizer, config.placeholder_token, config.num_vectors)
         self.hook = TokenHook(embedding, ids, self.theta)
-        word = expand(config.placeholder_token, config.placeholder_token, config.num_vectors)
-        self.batches = Batches(family, examples, config, word)
+        self.predict = graphed(family) if config.cuda_graph else None
         self.space = Space(
             self.theta,
             embedding.weight,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from quantized_twins import Weight
 
-from zo_kernels import _C
+from zo_kernels import _C, empty_cache
 from zo_kernels.ops import qlinear, quantize_rows
 
 LARGE, REGION = 1 << 18, 64 << 20  # bytes, as in csrc/cpu/pool.h
@@ -54,6 +54,16 @@ def test_regions_that_are_free_go_back():
         held.pop()
     use = _C.pool_use()
     assert use["mapped"] - use["taken"] <= 3 * REGION  # two kept, and holes beside what others hold
+
+
+def test_what_is_free_goes_back_when_told():
+    empty_cache()
+    large, small = codes(REGION), codes(LARGE)  # of two regions
+    before = _C.pool_use()["mapped"]
+    del large
+    assert _C.pool_use()["mapped"] == before
+    assert empty_cache() == before - _C.pool_use()["mapped"] >= REGION
+    assert (small == 127).all() and empty_cache() == 0
 
 
 def test_nothing_of_a_block_s_past_shows():

@@ -30,6 +30,9 @@ RECORDED = [
 class Plain:
     """A family whose latents are the picture's number, plus 100 for a mirror image, +- 1."""
 
+    def release(self, name):
+        assert name == "vae"
+
     def encode_images(self, pixels):
         number = ((pixels[:, 0, 0, 0] + 1) * 127.5).round()
         mirrored = pixels[0, 0, 0, 0] > pixels[0, 0, 0, -1]

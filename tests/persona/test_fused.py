@@ -5,9 +5,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 
-from persona import fused_attention
-from persona.fused import FusedResnetBlock2D, fuse_
+from persona import fused, fused_attention
+from persona.fused import FusedResnetBlock2D, FusedUpsample2D, fuse_
 from persona.fused_attention import FusedAttnProcessor, FusedTransformerBlock
 from zo_kernels.nn import perturbed, set_scales_, trainable_scales
 from zo_kernels.quant import QuantConfig, quantize_
@@ -116,21 +117,47 @@ def test_float_models_and_other_blocks_stay():
     assert fuse_(unet) == 0
 
 
-def test_a_vae_is_fused_too():
+def _vae(spec: str) -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
-    quantize_(vae, QuantConfig(spec="w8"))
-    vae.eval().requires_grad_(False)
+    quantize_(vae, QuantConfig(spec=spec, fallback="w8a8" if "a8" in spec else "w8"))
+    return vae.eval().requires_grad_(False)
+
+
+def test_a_vae_is_fused_too():
+    vae = _vae("w8")
     x = torch.randn(1, 3, 16, 16)
     with torch.inference_mode():
         before = vae(x).sample
         assert fuse_(vae) > 0
         after = vae(x).sample
     assert (after - before).norm() <= 1e-5 * before.norm()
+    assert not any(type(m) is ResnetBlock2D for m in vae.modules())
+
+
+@pytest.mark.parametrize("spec", ["w8", "w4-g32"])
+@pytest.mark.parametrize("rows", [1, 3, 7, 8])
+def test_enlarged_by_rows(spec, rows, monkeypatch):
+    vae = _vae(spec)
+    fuse_(vae)
+    x = torch.randn(2, 4, 8, 5)
+    with torch.inference_mode():
+        whole = vae.decode(x).sample
+        monkeypatch.setattr(fused, "_ENLARGED_VALUES", rows * 4 * 2 * 32 * 5)
+        parts = vae.decode(x).sample
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    assert any(isinstance(m, FusedUpsample2D) for m in vae.modules())
+
+
+def test_int8_activations_are_enlarged_whole():
+    """Their scale is of the whole picture."""
+    vae = _vae("w8a8")
+    fuse_(vae)
+    assert not any(isinstance(m, FusedUpsample2D) for m in vae.modules())
 
 
 @pytest.mark.parametrize("spec", ["w8", "w8a8"])

@@ -14,13 +14,15 @@ MIB = 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin a peak anew")
-def test_the_peak_of_a_call():
-    large, small = (
-        peak_of(lambda size=size: torch.ones(size * MIB // 4).numel(), CPU) for size in (256, 1)
-    )
-    assert large[0] == 256 * MIB // 4
-    assert large[1] - small[1] > 200 * MIB
-    assert peak_bytes(CPU) >= large[1]
+def test_the_peak_of_a_block():
+    with peak_of(CPU) as outer:
+        with peak_of(CPU) as large:
+            torch.ones(64 * MIB)  # 256 MiB
+        with peak_of(CPU) as small:
+            torch.ones(MIB // 4)
+    assert large.bytes - small.bytes > 200 * MIB
+    assert outer.bytes >= large.bytes
+    assert peak_bytes(CPU) >= outer.bytes
 
 
 HOLES = """

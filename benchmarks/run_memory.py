@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a whole run of ``persona ti`` holds at Stable Diffusion 1.5's true size, part by part.
+
+    python -m benchmarks.run_memory [--model FOLDER] [--cases a,b]
+
+From a folder as such a model is published (fp16) to the learned token: loading, two pictures of 512
+pixels encoded, one drawn before and after, training, decoding. Weights are random where no model is
+given. Counted is the resident set at its peak in each part, less what the process held when
+everything was imported; each run is a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks import sd15, sd15_pipeline
+from benchmarks.personalization import exit_code, known_names
+from benchmarks.timing import machine
+from benchmarks.unet_worker import resident_bytes
+from persona.config import TextualInversionConfig
+from persona.files import write_json
+from persona.train import textual_inversion
+
+OUT = Path("benchmarks/results/run_memory.json")
+PICTURES = 2
+PARTS = ("loading", "pictures before", "training", "pictures after", "decoding")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: how the table calls it, and the options of the run."""
+
+    title: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_ONE = {"evaluations_per_forward": 1}
+CASES = {
+    "int8": Case("int8", _ONE),
+    "int4": Case("int4", _ONE | {"base_precision": "int4"}),
+    "int8-together": Case("int8, a step's nine evaluations in one forward"),
+    "as-loaded": Case("fp32", _ONE | {"base_precision": "as-loaded"}),
+}
+
+
+def measure(case: Case, model: Path, folder: Path) -> dict[str, int]:
+    """In a process of its own: bytes after importing, and at the peak of each part of the run."""
+    imported = resident_bytes()
+    config = TextualInversionConfig.from_preset(
+        "gauss-newton",
+        pretrained_model_name_or_path=str(model),
+        train_data_dir=str(folder),
+        output_dir=str(folder / "out"),
+        initializer_token="light",
+        device="cpu",
+        max_train_steps=1,
+        num_validation_images=1,
+        num_inference_steps=2,
+        **case.options,
+    )
+    result = textual_inversion(config, progress=False)
+    return {"imported": imported, **result.peaks}
+
+
+def row(name: str, model: Path) -> dict[str, int]:
+    """`measure` in a fresh process, on pictures of noise as large as the model draws.
+
+    Raises:
+        RuntimeError: it failed, such as for want of memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        generator = torch.Generator().manual_seed(0)
+        for i in range(PICTURES):
+            noise = torch.randint(256, (512, 512, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(noise.numpy()).save(Path(folder) / f"{i}.png")
+        command = [sys.executable, "-m", "benchmarks.run_memory", "--worker", name]
+        command += ["--model", str(model), "--work", folder]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"run_memory: {name} ended with {done.returncode}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
+    lines = []
+    for name in (n for n in CASES if n in rows):
+        over = [(rows[name][part] - rows[name]["imported"]) / 1e9 for part in PARTS]
+        lines.append([CASES[name].title, *(f"{x:.2f}" for x in (*over, max(over)))])
+    return {
+        "title": "GB over import at the peak of each part, Stable Diffusion 1.5's size",
+        "columns": ["Gauss-Newton on a token", *PARTS, "whole run"],
+        "rows": lines,
+    }
+
+
+def fill(names: list[str], model: Path, out: Path) -> None:
+    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
+    for name in names:
+        rows[name] = row(name, model)
+        print(name, {key: f"{value / 1e9:.2f} GB" for key, value in rows[name].items()}, flush=True)
+        content = {
+            "title": "Memory of a whole run",
+            "command": "python -m benchmarks.run_memory",
+            "machine": machine(),
+            "note": " ".join(__doc__.split("\n\n")[2].split()),
+            "rows": rows,
+            "tables": [table(rows)],
+        }
+        write_json(out, content, "out")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m benchmarks.run_memory``; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_memory")
+    parser.add_argument("--model", type=Path, help="diffusers folder; default: random")
+    parser.add_argument("--size", default="sd15", choices=sorted(sd15.ARCHITECTURES))
+    parser.add_argument("--cases", default=",".join(CASES), help="default: all")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.worker:
+        print(json.dumps(measure(CASES[given.worker], given.model, given.work)))
+        return 0
+
+    def run() -> None:
+        names = known_names("cases", given.cases, CASES)
+        with ExitStack() as stack:
+            model = given.model
+            if model is None:
+                model = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                sd15_pipeline.save(given.size, model)
+            fill(names, model, given.out)
+
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
