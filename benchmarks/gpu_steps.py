@@ -97,6 +97,7 @@ def zoodip(size: str, device: str, precision: str, graph: bool) -> Callable[[], 
         activation_precision="int8",
         train_batch_size=BATCH,
         zo_n=DIRECTIONS,
+        evaluations_per_forward=DIRECTIONS + 1,
         cuda_graph=graph,
     )
     family = Family(size)

@@ -44,12 +44,13 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_ONE = {"evaluations_per_forward": 1}
 CASES = {
-    "int8": Case("int8", _ONE),
-    "int4": Case("int4", _ONE | {"base_precision": "int4"}),
-    "int8-together": Case("int8, a step's nine evaluations in one forward"),
-    "as-loaded": Case("fp32", _ONE | {"base_precision": "as-loaded"}),
+    "int8": Case("int8"),
+    "int4": Case("int4", {"base_precision": "int4"}),
+    "int8-together": Case(
+        "int8, a step's nine evaluations together", {"evaluations_per_forward": 9}
+    ),
+    "as-loaded": Case("fp32", {"base_precision": "as-loaded"}),
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from persona.config import RunConfig
 from persona.data import Example, to_pixels
-from persona.families import Predict, StableDiffusion
+from persona.families import LARGE, Predict, StableDiffusion
 from persona.prefix import shared_prefix
 from persona.timesteps import Window
 
@@ -114,6 +114,13 @@ def losses(
     x_t, target = (x.repeat(copies, 1, 1, 1) for x in (x_t, target))
     predicted = (predict or family.predict)(x_t, t.repeat(copies), hidden)
     return mean_errors(predicted, target)
+
+
+def copies_at_a_time(family: StableDiffusion, batch: Batch) -> int:
+    """How many copies of a batch hold no more activations than the drawing of a picture, which with
+    guidance evaluates two; one, where a batch holds more."""
+    drawn = 2 * max(LARGE, family.pipe.unet.config.sample_size**2)
+    return max(1, drawn // batch.x_t[:, 0].numel())
 
 
 def predict_copies(

@@ -236,7 +236,10 @@ class TextualInversionConfig(RunConfig):
         choices=("float", "int8"),
     )
     evaluations_per_forward: int = option(
-        0, "perturbed copies a forward; 0: all, or what fits", at_least=0, may_change=True
+        0,
+        "perturbed copies a forward; 0: as many as hold what drawing a picture does",
+        at_least=0,
+        may_change=True,
     )
     cuda_graph: bool = option(
         False, "replay the UNet's forwards as CUDA graphs (zo, on a GPU)", may_change=True

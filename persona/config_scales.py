@@ -87,7 +87,10 @@ class ScaleTuningConfig(BackpropConfig):
     zo_n: int = option(8, "random directions a step, two forwards each (zo)", "n", at_least=1)
     zo_eps: float = option(1e-2, "probe radius, in units of what trains (zo)", "mu", positive=True)
     evaluations_per_forward: int = option(
-        0, "perturbed evaluations a forward (zo); 0: all", at_least=0, may_change=True
+        0,
+        "perturbed evaluations a forward (zo); 0: as many as hold what drawing a picture does",
+        at_least=0,
+        may_change=True,
     )
     cuda_graph: bool = option(
         False,

@@ -25,6 +25,7 @@ with errors_only():
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # `StableDiffusion.predict`, or in its place
+LARGE = 64 * 64  # latent pixels of what is computed at a time, if it need not be more
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
 
@@ -289,4 +290,4 @@ class StableDiffusion:
 def at_a_time(values: int) -> int:
     """Pictures of so many latent pixels each that are drawn together: 16 of 16 x 16 latents, 1 of
     64 x 64, whose activations would else be the most that a run holds."""
-    return max(1, min(16, 64 * 64 // values))
+    return max(1, min(16, LARGE // values))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from persona.backprop import Backprop
-from persona.batches import Batch, Batches, losses
+from persona.batches import Batch, Batches, copies_at_a_time, losses
 from persona.config_scales import ScaleTuningConfig
 from persona.data import Example
 from persona.families import StableDiffusion
@@ -216,7 +216,7 @@ class ScaleTuning(Method):
         sides = [
             (first + j, sign * config.zo_eps) for j, sign in schedule("two_sided", config.zo_n)
         ]
-        at_once = config.evaluations_per_forward or len(sides)
+        at_once = config.evaluations_per_forward or copies_at_a_time(self.family, part)
         found = []
         with self.switch.held(number):  # what is perturbed
             for start in range(0, len(sides), at_once):

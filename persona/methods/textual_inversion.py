@@ -4,7 +4,7 @@
 Seo, Jeong, Lee and Chun, CVPR 2025, arXiv 2503.14868.
 
 Algorithm 1. A step draws pictures, noise and timesteps once, evaluates the loss at the token and at
-its perturbed copies, all in one batched forward where memory allows, projects the estimate
+its perturbed copies, several in a batched forward, projects the estimate
 (Subspace Gradient), and lets Adam move the fp32 master row. Nothing but the row, its moments and
 the buffer is kept: no gradient, no activation, no second copy of a weight.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from persona.batches import Batch, Batches, mean_errors, predict_copies
+from persona.batches import Batch, Batches, copies_at_a_time, mean_errors, predict_copies
 from persona.config import TextualInversionConfig
 from persona.data import Example
 from persona.early_stopping import DRAWS, EarlyStopping
@@ -103,7 +103,7 @@ class TextualInversion(Method):
             mode=config.zo_subspace if config.optimizer == "zo" else "off",
             seed=config.seed,
         )
-        self._copies_per_forward = config.evaluations_per_forward or self.estimator.evaluations
+        self._copies_per_forward = config.evaluations_per_forward  # 0: see copies_at_a_time
         self.fixed = (
             FixedBatches(self.batches, config.fixed_draws, config.seed)
             if config.fixed_draws
@@ -267,16 +267,17 @@ class TextualInversion(Method):
         """What the UNet predicts at every copy [Q, R, d], and what it should: `predict_copies`, in
         as many forward passes as memory asks for."""
         while True:
+            at_once = self._copies_per_forward or copies_at_a_time(self.family, batch)
             try:
-                groups = copies.split(self._copies_per_forward)
+                groups = copies.split(at_once)
                 predicted, targets = zip(
                     *(self._group(group, batch) for group in groups), strict=True
                 )
                 return torch.cat(predicted), targets[0]
             except torch.OutOfMemoryError:
-                if self._copies_per_forward == 1:
+                if at_once == 1:
                     raise
-                self._copies_per_forward = (self._copies_per_forward + 1) // 2
+                self._copies_per_forward = (min(at_once, len(copies)) + 1) // 2
 
     def _group(self, copies: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of one forward pass; where copies take part in autograd, so do the predictions."""

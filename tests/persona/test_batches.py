@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches: the random stream that runs are resumed and repeated by, and its resolutions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
 
-from persona.batches import Batches, losses
+from persona.batches import Batch, Batches, copies_at_a_time, losses
 from persona.config import RunConfig
 from persona.data import Example, to_pixels
 from persona.families import StableDiffusion
@@ -95,3 +97,15 @@ def test_losses_are_a_mean_over_each_member(config, fresh_pipeline, picture):
     assert torch.allclose(found, expected.mean((1, 2, 3)))
     found.sum().backward()
     assert family.pipe.unet.conv_in.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "latents", "copies"),
+    [(64, (1, 64), 2), (64, (4, 64), 1), (64, (1, 32), 8), (96, (1, 96), 2), (8, (4, 8), 32)],
+)
+def test_copies_hold_what_drawing_does(sample_size, latents, copies):
+    unet = SimpleNamespace(config=SimpleNamespace(sample_size=sample_size))
+    family = SimpleNamespace(pipe=SimpleNamespace(unet=unet))
+    members, side = latents
+    batch = Batch(torch.empty(members, 4, side, side), *[torch.empty(0)] * 3)
+    assert copies_at_a_time(family, batch) == copies

@@ -72,6 +72,7 @@ def test_the_bits_of_the_whole_pipeline(model_folder, options):
 
 def test_several_files_and_half_precision(folder):
     pipe = load_pipeline(str(folder), torch.float16)
+    pipe.save_pretrained(folder)
     pipe.unet.save_pretrained(folder / "unet", max_shard_size="20KB")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
