@@ -44,7 +44,8 @@ COLUMNS = {  # figure -> what the table calls it
     "cpu_seconds": "CPU seconds",
     "bytes": "bytes",
 }
-COMPARED = ("base", "ti-backprop")  # what each method is held against, where it has rows
+# What each method is held against, where it has rows; PEQA: the baseline of S1, S2 and TuneQDM.
+COMPARED = ("base", "ti-backprop", "peqa-bp")
 COUNTS = ("forwards", "backwards", "cpu_seconds", "bytes")  # a mean says it all
 
 
