@@ -27,9 +27,7 @@ with errors_only():
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # `StableDiffusion.predict`, or in its place
 LARGE = 64 * 64  # latent pixels of what is computed at a time, if it need not be more
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-
-
-# Nothing checks or prepares pictures for other models.
+# Models that judge pictures are neither read nor fetched.
 _WITHOUT: dict[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -44,7 +42,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffu
         UserError: the folder lacks parts, or nothing can be loaded from it.
     """
     folder = model_folder(model)
-    with _named(model), no_bars():
+    with _reading(model), no_bars():
         pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, **_WITHOUT)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -58,7 +56,7 @@ def model_folder(model: str) -> Path:
     """
     folder = Path(model)
     if not folder.exists():
-        with _named(model):
+        with _reading(model):
             return Path(StableDiffusionPipeline.download(model, **_WITHOUT))
     missing = [p for p in (*PARTS, "model_index.json") if not (folder / p).exists()]
     if missing:
@@ -71,8 +69,8 @@ def model_folder(model: str) -> Path:
 
 
 @contextmanager
-def _named(model: Any) -> Iterator[None]:
-    """Tells of what the libraries raise while they read a model: many kinds, three libraries."""
+def _reading(model: Any) -> Iterator[None]:
+    """Makes one kind of what three libraries raise while they read a model."""
     try:
         yield
     except Exception as error:
@@ -119,7 +117,7 @@ class StableDiffusion:
         Raises:
             UserError: the folder is none of such a model.
         """
-        with _named(parts.folder), no_bars():
+        with _reading(parts.folder), no_bars():
             empty = {name: parts.empty(name) for name in MODELS}
             pipe = StableDiffusionPipeline.from_pretrained(parts.folder, **empty, **_WITHOUT)
         pipe.set_progress_bar_config(disable=True)
@@ -145,7 +143,7 @@ class StableDiffusion:
         """
         for name in names:
             if self.parts is not None and getattr(self.pipe, name) is None:
-                with _named(self.parts.folder), no_bars():
+                with _reading(self.parts.folder), no_bars():
                     model = self.parts.load(name)
                 self.pipe.register_modules(**{name: model})
                 trim_all(self.device)

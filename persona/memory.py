@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zo_kernels import empty_cache
+from zo_kernels.ops import empty_cache
 from zo_kernels.quant.convert import model_bytes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -5,7 +5,4 @@ Importing the package alone does not import torch: ``zo_kernels._C`` (noise into
 for users without it.
 """
 
-from zo_kernels._native import empty_cache
-
-__all__ = ["__version__", "empty_cache"]
 __version__ = "0.1.0"

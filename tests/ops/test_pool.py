@@ -10,8 +10,8 @@ import pytest
 import torch
 from quantized_twins import Weight
 
-from zo_kernels import _C, empty_cache
-from zo_kernels.ops import qlinear, quantize_rows
+from zo_kernels import _C
+from zo_kernels.ops import empty_cache, qlinear, quantize_rows
 
 LARGE, REGION = 1 << 18, 64 << 20  # bytes, as in csrc/cpu/pool.h
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops, one file each: schema, check, reference, fake kernel, public wrapper, examples."""
 
+from zo_kernels._native import empty_cache
 from zo_kernels._registry import use_backend
 from zo_kernels.ops.add_noise import add_noise_
 from zo_kernels.ops.geglu_quantize import geglu_quantize
@@ -16,6 +17,7 @@ from zo_kernels.ops.zo_sgd import zo_sgd_
 
 __all__ = [
     "add_noise_",
+    "empty_cache",
     "geglu_quantize",
     "group_norm",
     "group_norm_quantize",
