@@ -126,8 +126,11 @@ class FusedUpsample2D(Upsample2D):
             first, end = max(0, top - 1), min(h, top + rows + 1)  # a row more on either side
             part = conv(F.interpolate(x[:, :, first:end], scale_factor=2.0, mode="nearest"))
             if out is None:
-                out = part.new_empty(b, part.shape[1], 2 * h, 2 * w).contiguous(
-                    memory_format=torch.channels_last
+                out = torch.empty(
+                    (b, part.shape[1], 2 * h, 2 * w),
+                    dtype=part.dtype,
+                    device=part.device,
+                    memory_format=torch.channels_last,
                 )
             bottom = min(h, top + rows)
             out[:, :, 2 * top : 2 * bottom] = part[:, :, 2 * (top - first) : 2 * (bottom - first)]
