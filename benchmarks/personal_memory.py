@@ -13,7 +13,6 @@ run.
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import sd15, sd15_pipeline
-from benchmarks.personal_methods import load_method
-from benchmarks.timing import machine
+from benchmarks.memory_rows import Row, fill, in_own_process
 from benchmarks.unet_worker import peak_bytes, reset_peak, resident_bytes
 from persona.base import quantize
-from persona.cli import COMMANDS
+from persona.cli import COMMANDS, load_method
 from persona.config import RunConfig
 from persona.data import Example
 from persona.families import StableDiffusion
-from persona.files import write_json
 from persona.memory import give_back_large_blocks
 
 OUT = Path("benchmarks/results/personalization_memory.json")
@@ -136,20 +133,7 @@ def _forward(family: StableDiffusion) -> None:
     family.predict(x, torch.tensor([500]), hidden)
 
 
-def row(name: str, size: str) -> dict[str, int]:
-    """`measure` in a fresh process.
-
-    Raises:
-        RuntimeError: it failed, such as for want of memory.
-    """
-    command = [sys.executable, "-m", "benchmarks.personal_memory", "--worker", name, "--size", size]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"personal_memory: {name} ended with {done.returncode}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def table(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
+def table(rows: dict[str, Row]) -> dict[str, Any]:
     lines = []
     for name in (n for n in CASES if n in rows):
         at = rows[name]
@@ -173,7 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.worker:
         print(json.dumps(measure(given.worker, given.size)))
         return 0
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     names = given.methods.split(",")
     if unknown := sorted(set(names) - set(CASES)):
         print(
@@ -182,19 +165,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else {}
-    for name in names:
-        rows[name] = row(name, given.size)
-        print(name, {key: f"{value / 1e9:.2f} GB" for key, value in rows[name].items()}, flush=True)
-        content = {
-            "title": "Memory of personalization",
-            "command": "python -m benchmarks.personal_memory",
-            "machine": machine(),
-            "note": " ".join(__doc__.split("\n\n")[2].split()),
-            "rows": rows,
-            "tables": [table(rows)],
-        }
-        write_json(given.out, content, "out")
+    facts = {
+        "title": "Memory of personalization",
+        "command": "python -m benchmarks.personal_memory",
+        "note": " ".join(__doc__.split("\n\n")[2].split()),
+    }
+
+    def row(name: str) -> Row:
+        return in_own_process("personal_memory", name, "--size", given.size)
+
+    fill(given.out, names, row, table, facts)
     return 0
 
 

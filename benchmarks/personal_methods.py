@@ -8,7 +8,6 @@ papers instead. A budget is a hundredth of those, so learning rates are ours, ch
 denoising loss of one subject; where a paper's preset is named, its learning rate stands.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from benchmarks.personal_subjects import Subject
 from persona.base import load_base
-from persona.cli import COMMANDS
+from persona.cli import COMMANDS, load_method
 from persona.config import RunConfig, TextualInversionConfig
 from persona.data import load_folder
 from persona.families import StableDiffusion
@@ -134,12 +133,6 @@ def learn(options: dict[str, Any], job: Job) -> Learned:
         sum(file.stat().st_size for file in files),
         None if config.command == "ti" else lambda: load_base(config),
     )
-
-
-def load_method(name: str) -> Any:
-    """The class that a command of ``persona`` names as module:class."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def by_backpropagation(config: RunConfig) -> bool:

@@ -11,12 +11,12 @@ everything was imported; each run is a process of its own.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,18 @@ import torch
 from PIL import Image
 
 from benchmarks import sd15, sd15_pipeline
+from benchmarks.memory_rows import Row, fill, in_own_process
 from benchmarks.personalization import exit_code, known_names
-from benchmarks.timing import machine
 from benchmarks.unet_worker import resident_bytes
 from persona.config import TextualInversionConfig
-from persona.files import write_json
 from persona.train import textual_inversion
 
 OUT = Path("benchmarks/results/run_memory.json")
+FACTS = {
+    "title": "Memory of a whole run",
+    "command": "python -m benchmarks.run_memory",
+    "note": " ".join(__doc__.split("\n\n")[2].split()),
+}
 PICTURES = 2
 PARTS = ("loading", "pictures before", "training", "pictures after", "decoding")
 
@@ -73,26 +77,17 @@ def measure(case: Case, model: Path, folder: Path) -> dict[str, int]:
     return {"imported": imported, **result.peaks}
 
 
-def row(name: str, model: Path) -> dict[str, int]:
-    """`measure` in a fresh process, on pictures of noise as large as the model draws.
-
-    Raises:
-        RuntimeError: it failed, such as for want of memory.
-    """
+def row(name: str, model: Path) -> Row:
+    """`measure` in a fresh process, on pictures of noise as large as the model draws."""
     with tempfile.TemporaryDirectory() as folder:
         generator = torch.Generator().manual_seed(0)
         for i in range(PICTURES):
             noise = torch.randint(256, (512, 512, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(noise.numpy()).save(Path(folder) / f"{i}.png")
-        command = [sys.executable, "-m", "benchmarks.run_memory", "--worker", name]
-        command += ["--model", str(model), "--work", folder]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"run_memory: {name} ended with {done.returncode}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+        return in_own_process("run_memory", name, "--model", str(model), "--work", folder)
 
 
-def table(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
+def table(rows: dict[str, Row]) -> dict[str, Any]:
     lines = []
     for name in (n for n in CASES if n in rows):
         over = [(rows[name][part] - rows[name]["imported"]) / 1e9 for part in PARTS]
@@ -102,22 +97,6 @@ def table(rows: dict[str, dict[str, int]]) -> dict[str, Any]:
         "columns": ["Gauss-Newton on a token", *PARTS, "whole run"],
         "rows": lines,
     }
-
-
-def fill(names: list[str], model: Path, out: Path) -> None:
-    rows = json.loads(out.read_text())["rows"] if out.exists() else {}
-    for name in names:
-        rows[name] = row(name, model)
-        print(name, {key: f"{value / 1e9:.2f} GB" for key, value in rows[name].items()}, flush=True)
-        content = {
-            "title": "Memory of a whole run",
-            "command": "python -m benchmarks.run_memory",
-            "machine": machine(),
-            "note": " ".join(__doc__.split("\n\n")[2].split()),
-            "rows": rows,
-            "tables": [table(rows)],
-        }
-        write_json(out, content, "out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if model is None:
                 model = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 sd15_pipeline.save(given.size, model)
-            fill(names, model, given.out)
+            fill(given.out, names, partial(row, model=model), table, FACTS)
 
     return exit_code(run)
 

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from persona.config import RunConfig, TextualInversionConfig
 from persona.config_dreambooth import DreamBoothConfig
@@ -98,12 +98,17 @@ def _preset(argv: Sequence[str] | None, default: str) -> str:
     return default
 
 
+def load_method(name: str) -> Any:
+    """The class that a `Command` names as module:class."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _run(command: Command, args: argparse.Namespace) -> int:
     from persona.memory import human
     from persona.train import train
 
-    module, _, name = command.method.partition(":")
-    method = getattr(importlib.import_module(module), name)
+    method = load_method(command.method)
     try:
         result = train(method, from_flags(args, command.config))
     except UserError as error:

@@ -121,20 +121,17 @@ class FusedUpsample2D(Upsample2D):
         rows = max(1, _ENLARGED_VALUES // (4 * b * c * w))  # of the input
         if torch.is_grad_enabled() or output_size is not None or rows >= h or not _by_rows(conv):
             return super().forward(x, output_size, *args, **kwargs)
-        out: Tensor | None = None
+        out = torch.empty(
+            (b, conv.out_channels, 2 * h, 2 * w),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
         for top in range(0, h, rows):
             first, end = max(0, top - 1), min(h, top + rows + 1)  # a row more on either side
             part = conv(F.interpolate(x[:, :, first:end], scale_factor=2.0, mode="nearest"))
-            if out is None:
-                out = torch.empty(
-                    (b, part.shape[1], 2 * h, 2 * w),
-                    dtype=part.dtype,
-                    device=part.device,
-                    memory_format=torch.channels_last,
-                )
             bottom = min(h, top + rows)
             out[:, :, 2 * top : 2 * bottom] = part[:, :, 2 * (top - first) : 2 * (bottom - first)]
-        assert out is not None
         return out
 
 

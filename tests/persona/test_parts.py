@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that come part by part: the same bits as the whole pipeline's, never two that need not."""
 
-import importlib
 import json
 import logging
 import shutil
@@ -12,18 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from persona.base import load_base, open_base, quantize
-from persona.cli import COMMANDS, main
+from persona.cli import COMMANDS, load_method, main
 from persona.config import RunConfig
 from persona.errors import UserError
 from persona.families import StableDiffusion, StableDiffusionPipeline, at_a_time, load_pipeline
 from persona.parts import MODELS, Parts
 from persona.train import train
 from zo_kernels.nn import QuantModule
-
-
-def method_of(command):
-    module, _, name = command.method.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 @pytest.fixture
@@ -175,7 +169,7 @@ def test_nothing_holds_the_unet_when_pictures_are_decoded(short_run, monkeypatch
     monkeypatch.setattr(StableDiffusion, "decode", watched)
     command = COMMANDS[method]
     options = short_run | {"max_train_steps": 1, "num_validation_images": 1} | more
-    train(method_of(command), command.config(**options), progress=False)
+    train(load_method(command.method), command.config(**options), progress=False)
     assert alive == [False, False]
 
 
