@@ -7,6 +7,7 @@
     data_parallel(optimizer, share="directions")
     for batch in data:
         loss = optimizer.step(lambda: model(**batch).loss)  # a share of the 2n evaluations
+    torch.distributed.destroy_process_group()
 
 | share        | a rank evaluates             | on            | a step equals that of one process  |
 |--------------|------------------------------|---------------|------------------------------------|
@@ -32,7 +33,9 @@ dies, or does not come, `step` or `tell` raises on the others: at once where the
 cancelled: their weights are theta, ready to be saved. A rank whose closure raises has to end, or to
 repeat the step, as the others wait for its losses. An nccl watchdog ends the process instead;
 losses go through the CPU if the group has a backend for it, so prefer
-`init_process_group("cpu:gloo,cuda:nccl")` to a bare "nccl".
+`init_process_group("cpu:gloo,cuda:nccl")` to a bare "nccl". A program ends with
+`destroy_process_group()`, and imports this module before `init_process_group()`: else a rank whose
+gloo threads still run may be aborted as it exits ("terminate called without an active exception").
 """
 
 from __future__ import annotations
@@ -50,6 +53,12 @@ from torch import Tensor
 from zo_kernels.estimators import check, schedule
 from zo_kernels.optim._probe import choose
 from zo_kernels.optim._step import ZOOptimizer
+
+if dist.is_available():
+    # torch imports it when the first optimizer is built, and its default arguments are the process
+    # group of that moment. Held by them, gloo's threads survive destroy_process_group(), and one
+    # that lets go of a tensor while the interpreter ends aborts it. Here there is no group yet.
+    import torch.distributed.nn.functional
 
 SHARES = ("directions", "data")
 _SETTINGS = ("n", "estimator", "kind", "seed", "probe", "keep_perturbed", "scaling")
