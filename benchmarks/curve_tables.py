@@ -15,6 +15,7 @@ from persona.files import write_image, write_json
 
 Point = tuple[float, float]  # pictures through the UNet, figure
 LOSSES = ("trained_loss", "held_out_loss")
+SHARES = {"a fifth": 1 / 5, "a quarter": 1 / 4, "all": 1.0}  # of the paper's pictures
 
 
 def reached(curve: Sequence[Point], level: float) -> float | None:
@@ -59,7 +60,6 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
                 len({row["subject"] for row in own}),
                 len({row["seed"] for row in own}),
                 *(_over_seeds(own, figure) for figure in (*LOSSES, "fidelity")),
-                _over_seeds(own, "fidelity", which=0),
                 f"{own[-1]['curve'][-1]['pictures']}",
                 *(_needed(paired, papers, figure) for figure in LOSSES),
             ]
@@ -71,14 +71,13 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
         "trained loss",
         "held-out loss",
         "subject fidelity",
-        "when first drawn",
         "pictures",
         "pictures to the paper's last trained loss",
         "to its held-out loss",
     ]
     title = "After the budget: mean over subjects, +- standard deviation over seeds"
     made = [{"title": title, "columns": columns, "rows": lines}]
-    return [*made, differences(rows, names)] if of_paper else made
+    return [*made, differences(rows, names), fidelities(rows, names)] if of_paper else made
 
 
 def _needed(rows: Sequence[dict[str, Any]], papers: Sequence[dict[str, Any]], figure: str) -> str:
@@ -92,19 +91,28 @@ def _needed(rows: Sequence[dict[str, Any]], papers: Sequence[dict[str, Any]], fi
     return "not reached" if needed is None else f"{needed:.0f}"
 
 
+Curve = Sequence[dict[str, float]]
+
+
+def _beside_paper(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[Curve, Curve]]:
+    """Curves of an estimator, each with the paper's of the same subject and seed."""
+    papers = {(r["subject"], r["seed"]): r["curve"] for r in rows if r["estimator"] == "paper"}
+    own = [r for r in rows if r["estimator"] == name]
+    return [
+        (r["curve"], papers[r["subject"], r["seed"]])
+        for r in own
+        if (r["subject"], r["seed"]) in papers
+    ]
+
+
 def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Last losses against the paper's, on the pairs of subject and seed that both have."""
-    last = {(r["estimator"], r["subject"], r["seed"]): r["curve"][-1] for r in rows}
     lines = []
     for name in names:
-        pairs = [
-            (at, last["paper", *pair])
-            for (estimator, *pair), at in last.items()
-            if estimator == name != "paper" and ("paper", *pair) in last
-        ]
+        pairs = _beside_paper(rows, name) if name != "paper" else []
         if pairs:
             cells = [
-                with_error([own[figure] - paper[figure] for own, paper in pairs], 4)
+                with_error([own[-1][figure] - paper[-1][figure] for own, paper in pairs], 4)
                 for figure in LOSSES
             ]
             lines.append([name, len(pairs), *cells])
@@ -115,12 +123,39 @@ def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
     }
 
 
-def _over_seeds(rows: Sequence[dict[str, Any]], figure: str, which: int = -1) -> str:
-    """Mean over subjects of the figure where it was measured for the `which`-th time."""
+def fidelities(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Likeness of pictures drawn early, less that of the paper's at its end, on the same pairs."""
+    budgets = [row["curve"][-1]["pictures"] for row in rows if row["estimator"] == "paper"]
+    bounds = [share * max(budgets) for share in SHARES.values()]
+    lines = []
+    for name in names:
+        pairs = _beside_paper(rows, name)
+        if pairs:
+            lines.append([name, len(pairs), *(_ahead(pairs, bound) for bound in bounds)])
+    return {
+        "title": "Subject fidelity after a share of the paper's pictures, less the paper's after "
+        "all, on the same subjects and seeds, +- standard error",
+        "columns": ["estimator", "pairs", *SHARES],
+        "rows": lines,
+    }
+
+
+def _ahead(pairs: Sequence[tuple[Curve, Curve]], bound: float) -> str:
+    """Where pictures were drawn with `bound` pictures through the UNet, or the step before."""
+    found = []
+    for own, paper in pairs:
+        drawn = [at for at in own if "fidelity" in at and 0.85 * bound < at["pictures"] <= bound]
+        if drawn and "fidelity" in paper[-1]:
+            found.append(drawn[-1]["fidelity"] - paper[-1]["fidelity"])
+    return with_error(found, 4) if found else "-"
+
+
+def _over_seeds(rows: Sequence[dict[str, Any]], figure: str) -> str:
+    """Mean over subjects of the figure where it was measured last."""
     by_seed = defaultdict(list)
     for row in rows:
         found = [at[figure] for at in row["curve"] if figure in at]
-        by_seed[row["seed"]].append(found[which] if found else float("nan"))
+        by_seed[row["seed"]].append(found[-1] if found else float("nan"))
     means = [statistics.mean(values) for values in by_seed.values()]
     spread = f" +- {statistics.stdev(means):.4f}" if len(means) > 1 else ""
     return f"{statistics.mean(means):.4f}{spread}"

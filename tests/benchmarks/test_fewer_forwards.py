@@ -38,7 +38,7 @@ def test_where_a_curve_meets_a_level():
 
 def test_the_table_counts_pictures_to_the_papers_loss():
     assert mean_curves(rows(), "held_out_loss")["paper"][-1] == (1600, pytest.approx(0.21))
-    table, _ = tables(rows(), list(ESTIMATORS))
+    table, *_ = tables(rows(), list(ESTIMATORS))
     paper, ours = table["rows"]
     assert paper[:3] == ["paper", 1, 3] and paper[-3:] == ["1600"] * 3
     assert ours[-3:] == ["400", "not reached", "400"]  # the trained loss never falls
@@ -51,10 +51,18 @@ def test_differences_are_of_the_same_subject_and_seed():
         if row["estimator"] != "paper":
             row["curve"][-1]["held_out_loss"] -= 0.1 + row["seed"] / 100
     alone = shifted[0] | {"seed": 9, "estimator": "released code"}
-    _, against = tables([*shifted, alone], list(ESTIMATORS))
+    _, against, _ = tables([*shifted, alone], list(ESTIMATORS))
     [line] = against["rows"]
     assert line[:2] == ["shaped by the vocabulary", 3] and line[2] == "+0.0000 +- 0.0000"
     assert line[3] == f"-0.1100 +- {0.01 / 3**0.5:.4f}"
+
+
+def test_fidelity_of_a_part_of_the_budget_is_held_against_the_papers_at_its_end():
+    *_, early = tables(rows(), list(ESTIMATORS))
+    assert early["rows"] == [
+        ["paper", 3, "-", "-", "+0.0000 +- 0.0000"],
+        ["shaped by the vocabulary", 3, "-", "+0.0000 +- 0.0000", "-"],  # 400 of 1600
+    ]
 
 
 def test_a_report_with_its_curves(tmp_path):
@@ -100,7 +108,9 @@ def test_a_method_that_there_is_not(capsys, tmp_path):
 def test_runs_in_lockstep_learn_what_they_learn_alone(subjects_file, tmp_path):
     first, second, *_ = read_subjects(subjects_file, lambda word: True)
     options = ESTIMATORS["paper"] | {"max_train_steps": 3}
-    jobs = [Job("", "paper", s, seed, options) for s, seed in ((first, 0), (second, 0), (first, 1))]
+    jobs = [
+        Job("", "paper", s, seed, options, ()) for s, seed in ((first, 0), (second, 0), (first, 1))
+    ]
 
     def train(some):
         family = load_base(RunConfig(pretrained_model_name_or_path="persona/assets/tiny-sd"))
