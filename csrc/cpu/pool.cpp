@@ -48,6 +48,8 @@ class Pool {
         if (hole->second >= bytes) return cut(region, hole, bytes);
       }
     }
+    // Free regions that are too small for it would lie idle beside it.
+    if (bytes > kRegion) unmap_free();
     const int64_t size = rounded_up(bytes > kRegion ? bytes : kRegion, kHugePage);
     char* begin = map_pages(size);
     if (begin == nullptr) return nullptr;
@@ -71,9 +73,7 @@ class Pool {
 
   int64_t trim() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const int64_t before = use_.mapped;
-    for (auto at = regions_.begin(); at != regions_.end();) at = at->second.is_free() ? unmap(at) : std::next(at);
-    return before - use_.mapped;
+    return unmap_free();
   }
 
   PoolUse use() {
@@ -88,6 +88,13 @@ class Pool {
     munmap(at->first, static_cast<size_t>(at->second.bytes));
     use_.mapped -= at->second.bytes;
     return regions_.erase(at);
+  }
+
+  // Every region without a block; returns their bytes.
+  int64_t unmap_free() {
+    const int64_t before = use_.mapped;
+    for (auto at = regions_.begin(); at != regions_.end();) at = at->second.is_free() ? unmap(at) : std::next(at);
+    return before - use_.mapped;
   }
 
   // The first bytes of a hole become a block.

@@ -66,6 +66,16 @@ def test_what_is_free_goes_back_when_told():
     assert (small == 127).all() and empty_cache() == 0
 
 
+def test_free_regions_do_not_lie_beside_a_block_that_they_are_too_small_for():
+    empty_cache()
+    before = _C.pool_use()["mapped"]
+    small = [codes(REGION), codes(REGION)]
+    small.clear()
+    large = codes(REGION + LARGE)
+    assert _C.pool_use()["mapped"] - before < 2 * REGION
+    del large
+
+
 def test_nothing_of_a_block_s_past_shows():
     weight, x = Weight((512, 64)), torch.randn(300, 64)
     expected = qlinear(x, **weight.arguments, act_bits=8).clone()
