@@ -6,7 +6,8 @@
 From a folder as such a model is published (fp16) to the learned token: loading, two pictures of 512
 pixels encoded, one drawn before and after, training, decoding. Weights are random where no model is
 given. Counted is the resident set at its peak in each part, less what the process held when
-everything was imported; each run is a process of its own.
+everything was imported; each run is a process of its own, and so is ``persona plan``, which tells
+the highest point without a weight.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from benchmarks.memory_rows import Row, fill, in_own_process
 from benchmarks.personalization import exit_code, known_names
 from benchmarks.unet_worker import resident_bytes
 from persona.config import TextualInversionConfig
+from persona.methods.textual_inversion import TextualInversion
+from persona.plan import plan
 from persona.train import textual_inversion
 
 OUT = Path("benchmarks/results/run_memory.json")
@@ -58,10 +61,8 @@ CASES = {
 }
 
 
-def measure(case: Case, model: Path, folder: Path) -> dict[str, int]:
-    """In a process of its own: bytes after importing, and at the peak of each part of the run."""
-    imported = resident_bytes()
-    config = TextualInversionConfig.from_preset(
+def config_of(case: Case, model: Path, folder: Path) -> TextualInversionConfig:
+    return TextualInversionConfig.from_preset(
         "gauss-newton",
         pretrained_model_name_or_path=str(model),
         train_data_dir=str(folder),
@@ -73,8 +74,19 @@ def measure(case: Case, model: Path, folder: Path) -> dict[str, int]:
         num_inference_steps=2,
         **case.options,
     )
-    result = textual_inversion(config, progress=False)
+
+
+def measure(case: Case, model: Path, folder: Path) -> dict[str, int]:
+    """In a process of its own: bytes after importing, and at the peak of each part of the run."""
+    imported = resident_bytes()
+    result = textual_inversion(config_of(case, model, folder), progress=False)
     return {"imported": imported, **result.peaks}
+
+
+def measure_plan(case: Case, model: Path, folder: Path) -> dict[str, int]:
+    """In a process of its own: bytes over import that a plan tells as the highest of the run."""
+    imported = resident_bytes()
+    return {"planned": plan(TextualInversion, config_of(case, model, folder)).highest - imported}
 
 
 def row(name: str, model: Path) -> Row:
@@ -84,17 +96,20 @@ def row(name: str, model: Path) -> Row:
         for i in range(PICTURES):
             noise = torch.randint(256, (512, 512, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(noise.numpy()).save(Path(folder) / f"{i}.png")
-        return in_own_process("run_memory", name, "--model", str(model), "--work", folder)
+        arguments = ("--model", str(model), "--work", folder)
+        measured = in_own_process("run_memory", name, *arguments)
+        return measured | in_own_process("run_memory", name, *arguments, "--plan")
 
 
 def table(rows: dict[str, Row]) -> dict[str, Any]:
     lines = []
     for name in (n for n in CASES if n in rows):
         over = [(rows[name][part] - rows[name]["imported"]) / 1e9 for part in PARTS]
-        lines.append([CASES[name].title, *(f"{x:.2f}" for x in (*over, max(over)))])
+        told = rows[name]["planned"] / 1e9
+        lines.append([CASES[name].title, *(f"{x:.2f}" for x in (*over, max(over), told))])
     return {
         "title": "GB over import at the peak of each part, Stable Diffusion 1.5's size",
-        "columns": ["Gauss-Newton on a token", *PARTS, "whole run"],
+        "columns": ["Gauss-Newton on a token", *PARTS, "whole run", "as planned"],
         "rows": lines,
     }
 
@@ -108,9 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.worker:
-        print(json.dumps(measure(CASES[given.worker], given.model, given.work)))
+        look = measure_plan if given.plan else measure
+        print(json.dumps(look(CASES[given.worker], given.model, given.work)))
         return 0
 
     def run() -> None:

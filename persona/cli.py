@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``persona``: a subcommand a method; errors are one line and exit code 2."""
+"""The command ``persona``: a subcommand a method, and ``plan`` before it for the memory of its run;
+errors are one line and exit code 2."""
 
 import argparse
 import dataclasses
@@ -63,6 +64,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     parser = _Parser(prog="persona", description="Personalize a diffusion model.")
     parsers = parser.add_subparsers(dest="command", required=True)
+    commands = _add_commands(parsers, argv)
+    text = "tell the highest memory of each part of a run, without running it"
+    planned = parsers.add_parser("plan", help=text, description=f"{text}.".capitalize())
+    of_plan = _add_commands(planned.add_subparsers(dest="planned", required=True), argv)
+    args, unknown = parser.parse_known_args(argv)
+    name, found, act = args.command, commands, _run
+    if name == "plan":
+        name, found, act = args.planned, of_plan, _plan
+    command = COMMANDS[name]
+    if unknown:
+        found[name].error(_unknown(unknown[0], command.config))
+    try:
+        return act(load_method(command.method), from_flags(args, command.config))
+    except UserError as error:
+        print(f"persona: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        told = str(stop) or "stopped; a checkpoint that was written stays"
+        print(f"persona: {told}", file=sys.stderr)
+        return 130
+
+
+def _add_commands(parsers: Any, argv: Sequence[str] | None) -> dict[str, argparse.ArgumentParser]:
+    """A subcommand for each of `COMMANDS`."""
     for name, command in COMMANDS.items():
         # What starts like one of the options is a typo as well.
         one = parsers.add_parser(name, help=command.help, allow_abbrev=False)
@@ -74,11 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             text += f" (default, without --optimizer: {default!r})" if default else ""
             one.add_argument("--preset", choices=presets, help=text)
             one.set_defaults(**command.config.presets.get(_preset(argv, default), {}))
-    args, unknown = parser.parse_known_args(argv)
-    command = COMMANDS[args.command]
-    if unknown:
-        parsers.choices[args.command].error(_unknown(unknown[0], command.config))
-    return _run(command, args)
+    made: dict[str, argparse.ArgumentParser] = parsers.choices
+    return made
 
 
 def _preset(argv: Sequence[str] | None, default: str) -> str:
@@ -104,25 +126,23 @@ def load_method(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _run(command: Command, args: argparse.Namespace) -> int:
+def _run(method: Any, config: RunConfig) -> int:
     from persona.memory import human
     from persona.train import train
 
-    method = load_method(command.method)
-    try:
-        result = train(method, from_flags(args, command.config))
-    except UserError as error:
-        print(f"persona: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        told = str(stop) or "stopped; a checkpoint that was written stays"
-        print(f"persona: {told}", file=sys.stderr)
-        return 130
+    result = train(method, config)
     print(f"{result.saved}: {result.steps} steps, {result.forwards} forwards")
     peaks = ", ".join(f"{human(peak)} {part}" for part, peak in result.peaks.items())
     print(f"highest memory: {peaks}")
     if result.rejected:
         print(f"{result.rejected} steps changed nothing: their loss was not finite")
+    return 0
+
+
+def _plan(method: Any, config: RunConfig) -> int:
+    from persona.plan import plan
+
+    print(plan(method, config))
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from persona.errors import UserError
-from persona.options import check, option
+from persona.options import check, option, parse_size
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ class RunConfig:
         "what the model computes on: cpu, cuda, cuda:N; auto: cuda where there is one, else cpu",
         may_change=True,
     )
+    memory_budget: str = option(
+        "",
+        "most that the process (on CUDA: torch) may hold, such as 1.5GB or 900MiB; a run that "
+        "takes more is refused before it begins, with what would fit",
+        may_change=True,
+    )
     min_timestep: int = option(0, "lowest timestep of training")
     max_timestep: int = option(1000, "highest timestep of training, exclusive")
     seed: int = option(0, "of everything random")
@@ -86,6 +92,7 @@ class RunConfig:
                 f"max_timestep: must be above min_timestep ({self.min_timestep}), which is at "
                 f"least 0, got {self.max_timestep}; ZOODiP's window is 500 to 900"
             )
+        parse_size("memory_budget", self.memory_budget or "0 B")
         shown = self.validation_prompt
         if shown and "{}" not in shown and self.placeholder_token not in shown:
             raise UserError(
@@ -107,9 +114,26 @@ class RunConfig:
             )
         return cls(**cls.presets[name] | options)
 
+    def require(self, *names: str) -> None:
+        """Raise unless these options are given.
+
+        Raises:
+            UserError: one is not.
+        """
+        for name in names:
+            if not getattr(self, name):
+                raise UserError(
+                    f"{name}: must be given, got nothing; see persona {self.command} --help"
+                )
+
     @property
     def output(self) -> Path:
         return Path(self.output_dir)
+
+    @property
+    def budget(self) -> int | None:
+        """``memory_budget`` in bytes; None: there is none."""
+        return parse_size("memory_budget", self.memory_budget) if self.memory_budget else None
 
     @property
     def subject(self) -> str:

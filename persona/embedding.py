@@ -39,7 +39,8 @@ def halve_embeddings_(text_encoder: Any) -> bool:
     table = text_encoder.get_input_embeddings()
     if type(table) is not nn.Embedding or table.weight.dtype != torch.float32:
         return False
-    if max(map(abs, table.weight.aminmax())) > torch.finfo(torch.float16).max:
+    weight, most = table.weight, torch.finfo(torch.float16).max
+    if not weight.is_meta and max(map(abs, weight.aminmax())) > most:
         return False
     text_encoder.set_input_embeddings(HalfEmbedding(table.weight, table.padding_idx))
     return True

@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -111,7 +111,7 @@ class StableDiffusion:
         self.abar = self.schedule.alphas_cumprod  # [T]
 
     @classmethod
-    def in_parts(cls, parts: Parts) -> "StableDiffusion":
+    def in_parts(cls, parts: Parts) -> Self:
         """A model whose parts come when they are asked for: tokenizer and schedule are there.
 
         Raises:

@@ -25,6 +25,16 @@ def peak_bytes(device: torch.device) -> int:
     return max(_measured(device), _earlier.get(str(device), 0))
 
 
+def resident_bytes() -> int:
+    """What this process holds on the CPU now; where the system does not tell (not Linux), at its
+    highest point."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return _measured(torch.device("cpu"))
+    return pages * resource.getpagesize()
+
+
 @dataclass
 class Peak:
     """The highest point of a block that has ended, in bytes."""

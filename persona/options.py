@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import math
+import re
 from dataclasses import field
 from typing import Any
 
@@ -63,6 +64,20 @@ def check(config: Any) -> None:
             wanted, value = f"one of {', '.join(choices)}", repr(value)
         if wanted:
             raise UserError(f"{item.name}: must be {wanted}, got {value}; see --help")
+
+
+def parse_size(name: str, text: str) -> int:
+    """Bytes of "1.5GB" (10^9), "900MiB" (2^20) and the like.
+
+    Raises:
+        UserError: it is no such size; ``name`` is whose.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?) ?(?:([kmg])(i?))?b", text.strip(), re.IGNORECASE)
+    if not found:
+        raise UserError(f"{name}: must be a size such as 1.5GB or 900MiB, got {text!r}; see --help")
+    number, prefix, binary = found.groups()
+    power = "kmg".index(prefix.lower()) + 1 if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def flags(item: dataclasses.Field) -> list[str]:

@@ -33,6 +33,7 @@ from persona.memory import (
 )
 from persona.methods._method import Method
 from persona.methods.textual_inversion import TextualInversion
+from persona.plan import keep_budget
 from persona.report import MetricsLog, grid
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -84,14 +85,11 @@ def train(
         progress: show a progress bar.
 
     Raises:
-        UserError: an option, a picture, the model or the output folder is not usable.
+        UserError: an option, a picture, the model or the output folder is not usable, or the run
+            would hold, or holds in training, more than ``config.memory_budget``.
         Interrupted: SIGINT came; the run can be resumed.
     """
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "initializer_token"):
-        if not getattr(config, name):
-            raise UserError(
-                f"{name}: must be given, got nothing; see persona {config.command} --help"
-            )
+    config.require("pretrained_model_name_or_path", "train_data_dir", "initializer_token")
     make_folder(config.output)
     checkpoint_file = config.output / CHECKPOINT
     state = None
@@ -99,6 +97,7 @@ def train(
         state = checkpoint.load(checkpoint_file, config.recipe())
 
     give_back_large_blocks()
+    keep_budget(method_class, config)
     family = open_base(config)
     examples = load_folder(
         Path(config.train_data_dir),
@@ -195,6 +194,12 @@ def _train(method: Method, config: RunConfig, saved: Path, progress: bool) -> No
             if interrupted():
                 save()
                 raise Interrupted(saved, step.step)
+            if config.budget is not None and memory > config.budget:
+                save()
+                raise UserError(
+                    f"memory_budget: must be at least the {human(memory)} that the run has held, "
+                    f"got {config.memory_budget}; raise it and go on with --resume (state: {saved})"
+                )
     save()
 
 

@@ -5,7 +5,7 @@ from zo_kernels.nn import Spec
 from zo_kernels.quant.calibrate import Reconstruction, reconstruct_
 from zo_kernels.quant.checkpoint import quantize_checkpoint
 from zo_kernels.quant.config import QuantConfig
-from zo_kernels.quant.convert import QuantReport, dequantize, quantize_
+from zo_kernels.quant.convert import QuantReport, dequantize, quantize_, quantize_empty_
 from zo_kernels.quant.rounding import Rounded, absmax, l24, mse
 from zo_kernels.quant.serialize import load_quantized, save_quantized
 
@@ -22,6 +22,7 @@ __all__ = [
     "mse",
     "quantize_",
     "quantize_checkpoint",
+    "quantize_empty_",
     "reconstruct_",
     "save_quantized",
 ]

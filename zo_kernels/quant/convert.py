@@ -82,6 +82,39 @@ def quantize_(model: nn.Module, config: QuantConfig | None = None) -> QuantRepor
     return QuantReport.of(work, bytes_before, model)
 
 
+def quantize_empty_(model: nn.Module, config: QuantConfig | None = None) -> QuantReport:
+    """What `quantize_` makes of a model, without values: integer modules on the meta device.
+
+    For planning: `QuantReport.bytes_after`, or a run on shapes alone.
+
+    Args:
+        model: its linear and convolution layers on the meta device.
+        config: default `QuantConfig()`.
+
+    Raises:
+        ValueError: what `quantize_` refuses but for values; a layer is on another device, where its
+            weight would be lost.
+    """
+    config = config or QuantConfig()
+    work = plan(model, config, "quantize_empty_")
+    for name in work.quantized:
+        weight = model.get_submodule(name).get_parameter("weight")
+        if not weight.is_meta:
+            raise ValueError(
+                f"quantize_empty_: {name}.weight must be on the meta device, got "
+                f"{weight.device}; use quantize_, or build the model within torch.device('meta')"
+            )
+    bytes_before = model_bytes(model)
+    names = aliases(model)
+    for name, spec in work.quantized.items():
+        layer = model.get_submodule(name)
+        empty = QUANT_TYPES[type(layer)].like(layer, "meta", spec=spec)
+        for alias in names[name]:
+            replace_module(model, alias, empty)
+    setattr(model, CONFIG_ATTRIBUTE, config)
+    return QuantReport.of(work, bytes_before, model)
+
+
 def quantize_layer_(
     model: nn.Module, name: str, names: list[str], work: Plan, config: QuantConfig
 ) -> None:
