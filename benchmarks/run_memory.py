@@ -6,7 +6,7 @@
 From a folder as such a model is published (fp16) to the learned token: loading, two pictures of 512
 pixels encoded, one drawn before and after, training, decoding. Weights are random where no model is
 given. Counted is the resident set at its peak in each part, less what the process held when
-everything was imported; each run is a process of its own, and so is ``persona plan``, which tells
+everything was imported; each run is a process of its own, and so is ``persona plan``, which bounds
 the highest point without a weight.
 """
 

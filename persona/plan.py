@@ -26,6 +26,7 @@ from persona.methods._method import Method
 from persona.methods.selective import KINDS
 from persona.outline import FlashAttention, Ledger, Outline
 
+_KEPT = 128 << 20  # bytes: kKept of csrc/cpu/pool.h
 # What a user may give up, the least first.
 SAVERS: tuple[dict[str, Any], ...] = (
     {"evaluations_per_forward": 1},
@@ -38,14 +39,16 @@ SAVERS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run holds at its highest points.
+    """The most that a run holds at its highest points.
 
     Attributes:
         libraries: bytes of Python and the libraries; 0 on a GPU, where torch's count begins anew.
-        parts: part of the run -> bytes at its highest point, `libraries` among them.
+        kept: bytes that the CPU kernels may keep for their next outputs; 0 on a GPU.
+        parts: part of the run -> bytes at its highest point, both among them.
     """
 
     libraries: int
+    kept: int
     parts: dict[str, int]
 
     @property
@@ -60,12 +63,15 @@ class Plan:
         lines = [f"{human(size):>10}  {part}" for part, size in self.parts.items()]
         total = f"highest: {human(self.highest)}, {self.highest_part}"
         if self.libraries:
-            total += f"; {human(self.libraries)} of it are Python and libraries"
+            total += f"; {human(self.libraries)} of it are Python and libraries, and "
+            total += f"{human(self.kept)} what the CPU kernels may keep for their next outputs"
         return "\n".join([*lines, total])
 
 
 def plan(method_class: type[Method], config: RunConfig) -> Plan:
     """The highest memory of each part of `persona.train.train`, without weights and pictures.
+
+    On the CPU an upper bound: what the kernels keep between two layers differs from run to run.
 
     Args:
         method_class: as `train` takes it.
@@ -78,7 +84,7 @@ def plan(method_class: type[Method], config: RunConfig) -> Plan:
     device = chosen(config.device)
     peaks: dict[str, int] = {}
     ledger = Ledger(host=device.type == "cpu")
-    libraries = 0
+    libraries = kept = 0
     with tempfile.TemporaryDirectory() as folder, FlashAttention(), ledger:
         short = _short(config, folder)
         family = Outline.of(config, ledger)
@@ -95,13 +101,15 @@ def plan(method_class: type[Method], config: RunConfig) -> Plan:
         with ledger.part("pictures after", peaks):
             _latents(family, config)
         if device.type == "cpu":
-            libraries = resident_bytes()  # modules are there, as they are in a run
+            # Modules are there, as they are in a run.
+            libraries, kept = resident_bytes(), _KEPT
         del method
         family.release("text_encoder", "unet")
         with ledger.part("decoding", peaks):
             if latents is not None:
                 family.decode(latents)
-    return Plan(libraries, {name: libraries + size for name, size in peaks.items()})
+    beside = libraries + kept
+    return Plan(libraries, kept, {name: beside + size for name, size in peaks.items()})
 
 
 def keep_budget(method_class: type[Method], config: RunConfig) -> None:
