@@ -3,7 +3,7 @@
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -204,22 +204,30 @@ def write_grid(
 ) -> None:
     """The first held-out picture of every method: a line a method, a column a subject.
 
-    A grid is left as it is where pictures of its rows are not here, having been drawn elsewhere.
+    All are of the seed that has most pictures, of the subjects that most methods have drawn. A
+    method without one of them has no line; where its row is there and its picture is not, having
+    been drawn elsewhere, an older grid is left as it is.
     """
-    keys = {(r["method"], r["subject"]): r["key"] for r in rows if r["seed"] == 0}
-    shown = [s for s in subjects if any((name, s.name) in keys for name in titles)][:SHOWN]
-    wanted = [keys[name, s.name] for s in shown for name in titles if (name, s.name) in keys]
-    drawn = [key for key in wanted if (pictures / f"{key}.png").exists()]
-    if out.with_suffix(".png").exists() and len(drawn) < len(wanted):
+    seeds: dict[int, dict[tuple[str, str], Path]] = defaultdict(dict)
+    for row in rows:
+        if row["method"] in titles:
+            path = pictures / f"{row['key']}.png"
+            seeds[row["seed"]][row["method"], row["subject"]] = path
+    drawn = {seed: {k for k, path in of.items() if path.exists()} for seed, of in seeds.items()}
+    if not any(drawn.values()):
         return
+    best = max(drawn, key=lambda seed: len(drawn[seed]))
+    counts = Counter(subject for _, subject in drawn[best])
+    shown = sorted(subjects, key=lambda s: -counts[s.name])[: min(SHOWN, len(counts))]
     lines = [("true", [s.pictures[s.held_out] for s in shown])]
     for style in dict.fromkeys(style for s in shown for style in s.trained):
         lines.append((f"trained:\n{style}", [s.pictures[style] for s in shown]))
-    blank = Image.new("RGB", (size, size), "white")
     for name, title in titles.items():
-        paths = [pictures / f"{keys.get((name, s.name))}.png" for s in shown]
-        if any(path.exists() for path in paths):
-            images = [Image.open(p).convert("RGB") if p.exists() else blank for p in paths]
+        keys = {(name, s.name) for s in shown}
+        if keys <= drawn[best]:
+            paths = [seeds[best][name, s.name] for s in shown]
+            images = [Image.open(path).convert("RGB") for path in paths]
             lines.append((title.replace(", ", ",\n"), images))
-    if shown:
-        write_image(out.with_suffix(".png"), grid(lines, cell=size), "out")
+        elif keys <= seeds[best].keys() and out.with_suffix(".png").exists():
+            return
+    write_image(out.with_suffix(".png"), grid(lines, cell=size), "out")

@@ -115,12 +115,13 @@ class Table:
             self.write_tables()
 
     def write_tables(self) -> None:
-        titles = CONTROLS | {name: method.title for name, method in METHODS.items()}
+        learned = {name: method.title for name, method in METHODS.items()}
+        titles = CONTROLS | learned
         out = self.given.out
         rows = [row for row in personal_tables.read_rows(out) if row["method"] in titles]
         personal_tables.write(out, rows, titles, self.judge.scorer.names)
         personal_tables.write_trade(out, rows, titles)
-        personal_tables.write_grid(out, rows, titles, self.subjects, self._pictures)
+        personal_tables.write_grid(out, rows, learned, self.subjects, self._pictures)
 
     @property
     def _pictures(self) -> Path:
