@@ -227,7 +227,7 @@ def write_grid(
         if keys <= drawn[best]:
             paths = [seeds[best][name, s.name] for s in shown]
             images = [Image.open(path).convert("RGB") for path in paths]
-            lines.append((title.replace(", ", ",\n"), images))
+            lines.append((title.replace(", ", ",\n").replace(" by ", "\nby "), images))
         elif keys <= seeds[best].keys() and out.with_suffix(".png").exists():
             return
     write_image(out.with_suffix(".png"), grid(lines, cell=size), "out")

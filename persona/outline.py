@@ -98,7 +98,7 @@ def _without_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """What an operation returns, also where it would read values that are not there."""
     x, *others = args if args and isinstance(args[0], Tensor) else (None,)
     if func is _aten._local_scalar_dense.default and x.is_meta:
-        return x.dtype == torch.bool or 0
+        return True if x.dtype == torch.bool else 0
     if func is _aten._to_copy.default and x.is_meta and kwargs.get("device") == torch.device("cpu"):
         return torch.zeros(x.shape, dtype=kwargs.get("dtype") or x.dtype)
     if func is _aten.copy_.default and others[0].is_meta and not x.is_meta:
