@@ -25,6 +25,18 @@ def test_the_peak_of_a_block():
     assert peak_bytes(CPU) >= outer.bytes
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_does_not_begin_with_the_size_of_the_one_that_started_it():
+    held = torch.ones(256 * MIB)  # 1 GiB
+    program = (
+        "import torch; from persona.memory import peak_bytes as p; print(p(torch.device('cpu')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < held.nbytes
+
+
 HOLES = """
 import torch
 from pathlib import Path
