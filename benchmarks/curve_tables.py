@@ -13,6 +13,7 @@ from benchmarks.personal_tables import read_rows, with_error
 from benchmarks.timing import machine
 from persona.files import write_image, write_json
 
+Row = dict[str, Any]
 Point = tuple[float, float]  # pictures through the UNet, figure
 LOSSES = ("trained_loss", "held_out_loss")
 SHARES = {"a fifth": 1 / 5, "a quarter": 1 / 4, "all": 1.0}  # of the paper's pictures
@@ -27,7 +28,7 @@ def reached(curve: Sequence[Point], level: float) -> float | None:
     return None
 
 
-def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[Point]]:
+def mean_curves(rows: Sequence[Row], figure: str) -> dict[str, list[Point]]:
     """Estimator to (pictures, mean over its subjects and seeds)."""
     points: dict[str, dict[int, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -43,17 +44,15 @@ def mean_curves(rows: Sequence[dict[str, Any]], figure: str) -> dict[str, list[P
     }
 
 
-def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+def tables(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
     """Final figures with their spread over seeds, and pictures to the paper's last losses on the
     same subjects and seeds."""
     lines = []
-    of_paper = {(r["subject"], r["seed"]): r for r in rows if r["estimator"] == "paper"}
     for name in names:
         own = [row for row in rows if row["estimator"] == name]
         if not own:
             continue
-        paired = [row for row in own if (row["subject"], row["seed"]) in of_paper]
-        papers = [of_paper[row["subject"], row["seed"]] for row in paired]
+        pairs = _beside_paper(rows, name)
         lines.append(
             [
                 name,
@@ -61,7 +60,7 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
                 len({row["seed"] for row in own}),
                 *(_over_seeds(own, figure) for figure in (*LOSSES, "fidelity")),
                 f"{own[-1]['curve'][-1]['pictures']}",
-                *(_needed(paired, papers, figure) for figure in LOSSES),
+                *(_needed(pairs, figure) for figure in LOSSES),
             ]
         )
     columns = [
@@ -77,42 +76,41 @@ def tables(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[st
     ]
     title = "After the budget: mean over subjects, +- standard deviation over seeds"
     made = [{"title": title, "columns": columns, "rows": lines}]
-    return [*made, differences(rows, names), fidelities(rows, names)] if of_paper else made
+    return (
+        [*made, differences(rows, names), fidelities(rows, names)]
+        if _beside_paper(rows, "paper")
+        else made
+    )
 
 
-def _needed(rows: Sequence[dict[str, Any]], papers: Sequence[dict[str, Any]], figure: str) -> str:
+def _needed(pairs: Sequence[tuple[Row, Row]], figure: str) -> str:
     """Pictures with which the mean curve of runs of one estimator meets the last point of that of
     the paper's runs."""
-    if not rows:
+    if not pairs:
         return "-"
-    (curve,), (paper,) = (mean_curves(some, figure).values() for some in (rows, papers))
+    (curve,), (paper,) = (mean_curves(some, figure).values() for some in zip(*pairs, strict=True))
     budget, level = paper[-1]
     needed = budget if curve == paper else reached(curve, level)
     return "not reached" if needed is None else f"{needed:.0f}"
 
 
-Curve = Sequence[dict[str, float]]
-
-
-def _beside_paper(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[Curve, Curve]]:
-    """Curves of an estimator, each with the paper's of the same subject and seed."""
-    papers = {(r["subject"], r["seed"]): r["curve"] for r in rows if r["estimator"] == "paper"}
+def _beside_paper(rows: Sequence[Row], name: str) -> list[tuple[Row, Row]]:
+    """Runs of an estimator, each with the paper's of the same subject and seed."""
+    papers = {(r["subject"], r["seed"]): r for r in rows if r["estimator"] == "paper"}
     own = [r for r in rows if r["estimator"] == name]
     return [
-        (r["curve"], papers[r["subject"], r["seed"]])
-        for r in own
-        if (r["subject"], r["seed"]) in papers
+        (r, papers[r["subject"], r["seed"]]) for r in own if (r["subject"], r["seed"]) in papers
     ]
 
 
-def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def differences(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """Last losses against the paper's, on the pairs of subject and seed that both have."""
     lines = []
     for name in names:
         pairs = _beside_paper(rows, name) if name != "paper" else []
         if pairs:
             cells = [
-                with_error([own[-1][figure] - paper[-1][figure] for own, paper in pairs], 4)
+                with_error([_last(own)[figure] - _last(paper)[figure] for own, paper in pairs], 4)
                 for figure in LOSSES
             ]
             lines.append([name, len(pairs), *cells])
@@ -123,7 +121,7 @@ def differences(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[st
     }
 
 
-def fidelities(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def fidelities(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """Likeness of pictures drawn early, less that of the paper's at its end, on the same pairs."""
     budgets = [row["curve"][-1]["pictures"] for row in rows if row["estimator"] == "paper"]
     bounds = [share * max(budgets) for share in SHARES.values()]
@@ -140,17 +138,23 @@ def fidelities(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str
     }
 
 
-def _ahead(pairs: Sequence[tuple[Curve, Curve]], bound: float) -> str:
+def _last(row: Row) -> dict[str, float]:
+    point: dict[str, float] = row["curve"][-1]
+    return point
+
+
+def _ahead(pairs: Sequence[tuple[Row, Row]], bound: float) -> str:
     """Where pictures were drawn with `bound` pictures through the UNet, or the step before."""
     found = []
     for own, paper in pairs:
-        drawn = [at for at in own if "fidelity" in at and 0.85 * bound < at["pictures"] <= bound]
-        if drawn and "fidelity" in paper[-1]:
-            found.append(drawn[-1]["fidelity"] - paper[-1]["fidelity"])
+        near = [at for at in own["curve"] if 0.85 * bound < at["pictures"] <= bound]
+        drawn = [at["fidelity"] for at in near if "fidelity" in at]
+        if drawn and "fidelity" in _last(paper):
+            found.append(drawn[-1] - _last(paper)["fidelity"])
     return with_error(found, 4) if found else "-"
 
 
-def _over_seeds(rows: Sequence[dict[str, Any]], figure: str) -> str:
+def _over_seeds(rows: Sequence[Row], figure: str) -> str:
     """Mean over subjects of the figure where it was measured last."""
     by_seed = defaultdict(list)
     for row in rows:

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from benchmarks import sd15, sd15_pipeline
 from benchmarks.memory_rows import Row, fill, in_own_process
-from benchmarks.unet_worker import peak_bytes, reset_peak, resident_bytes
+from benchmarks.unet_worker import peak_bytes, reset_peak
 from persona.base import quantize
 from persona.cli import COMMANDS, load_method
 from persona.config import RunConfig
 from persona.data import Example
 from persona.families import StableDiffusion
-from persona.memory import give_back_large_blocks
+from persona.memory import give_back_large_blocks, resident_bytes
 
 OUT = Path("benchmarks/results/personalization_memory.json")
 

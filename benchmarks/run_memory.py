@@ -27,8 +27,8 @@ from PIL import Image
 from benchmarks import sd15, sd15_pipeline
 from benchmarks.memory_rows import Row, fill, in_own_process
 from benchmarks.personalization import exit_code, known_names
-from benchmarks.unet_worker import resident_bytes
 from persona.config import TextualInversionConfig
+from persona.memory import resident_bytes
 from persona.methods.textual_inversion import TextualInversion
 from persona.plan import plan
 from persona.train import textual_inversion

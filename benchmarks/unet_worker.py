@@ -32,12 +32,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_bytes() -> int:
-    """What this process holds now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 def reset_peak() -> bool:
     """Give freed memory back and let the peak start again; False where the system cannot."""
     with suppress(OSError, AttributeError):

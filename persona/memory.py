@@ -28,11 +28,7 @@ def peak_bytes(device: torch.device) -> int:
 def resident_bytes() -> int:
     """What this process holds on the CPU now; where the system does not tell (not Linux), at its
     highest point."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return _measured(torch.device("cpu"))
-    return pages * resource.getpagesize()
+    return _status("VmRSS") or _measured(torch.device("cpu"))
 
 
 @dataclass
@@ -127,12 +123,19 @@ def _measured(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not ru_maxrss where there is better: it begins with the size of the process that started this.
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (highest := _status("VmHWM")) is not None:
+        return highest
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(name: str) -> int | None:
+    """Bytes that Linux tells of this process; None on other systems."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def human(size: float) -> str:

@@ -27,6 +27,7 @@ from persona.fused import fuse_
 from persona.parts import Parts
 from zo_kernels.nn import QuantModule
 from zo_kernels.quant import quantize_empty_
+from zo_kernels.quant.convert import model_bytes
 
 META = torch.device("meta")
 _FLOATS = 2  # of a layer that is read: its values in fp32, and what rounding makes of them
@@ -112,24 +113,22 @@ class FlashAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+        flash = func is F.scaled_dot_product_attention
+        return (_flash_attention if flash else func)(*args, **(kwargs or {}))
 
-        def flash(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            attn_mask: Tensor | None = None,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            scale: float | None = None,
-            enable_gqa: bool = False,
-        ) -> Any:
-            op = _aten._scaled_dot_product_flash_attention_for_cpu
-            return op(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
-        return flash(*args, **kwargs)
+def _flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    op = _aten._scaled_dot_product_flash_attention_for_cpu
+    return op(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class OutlineParts(Parts):
             if config is not None:
                 fuse_(model)
         if config is None:
-            self.ledger.reach(_bytes(model) + self._mapped(name))
+            self.ledger.reach(model_bytes(model) + self._mapped(name))
         self._read(model, rounded)
         for tensor in (*model.parameters(), *model.buffers()):
             self.ledger.hold(tensor)
@@ -165,7 +164,7 @@ class OutlineParts(Parts):
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantModule)
             self.ledger.reach(so_far + _FLOATS * 4 * layer.weight.numel())
-            so_far += _bytes(layer)
+            so_far += model_bytes(layer)
 
     def _mapped(self, name: str) -> int:
         """Bytes of its files: a reader of whole models maps them."""
@@ -191,13 +190,7 @@ class Outline(StableDiffusion):
         return family
 
     def sample_latents(
-        self,
-        prompts: list[str],
-        *,
-        seed: int,
-        steps: int,
-        guidance: float,
-        batch: int | None = None,
+        self, prompts: list[str], *, guidance: float, batch: int | None = None, **_: Any
     ) -> Tensor:
         """One evaluation of those that a picture takes: they hold the same."""
         config = self.need("unet", "text_encoder").unet.config
@@ -210,7 +203,3 @@ class Outline(StableDiffusion):
             t = torch.zeros(size * copies, dtype=torch.long, device=META)
             self.predict(latents.repeat(copies, 1, 1, 1), t, hidden)
         return latents[:1].expand(len(prompts), -1, -1, -1)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
